@@ -1,0 +1,1 @@
+"""Modules that own quantized state: linears and KV caches."""

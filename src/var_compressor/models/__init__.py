@@ -1,0 +1,1 @@
+"""The networks in full precision: transformer, VAE, text encoder, schedules, checkpoints."""

@@ -1,0 +1,329 @@
+"""InfinityPipeline: prompt → text → levels → bits → VAE → image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from var_compressor.layers.kv_cache import LevelCache, PlainCache
+from var_compressor.models import directory
+from var_compressor.models.bits import Pyramid, teacher_inputs
+from var_compressor.models.checkpoint import (
+    CheckpointError,
+    load_official_transformer,
+    load_official_vae,
+)
+from var_compressor.models.config import ModelConfig
+from var_compressor.models.convert import model_config
+from var_compressor.models.sampling import Sampling, draw_noise, sample_bits, seeded_generators
+from var_compressor.models.schedule import Level, Schedule
+from var_compressor.models.text_encoder import TextEncoder
+from var_compressor.models.transformer import Infinity, TextContext, TextFeatures, combine
+from var_compressor.models.vae import VAE
+
+Text = Sequence[str] | TextFeatures
+OnLevel = Callable[[Level, Tensor], None]
+
+
+@dataclass
+class Trace:
+    """What one generation went through.
+
+    ``logits[s]`` float32 ``[B, L, Q, 2]`` after guidance and temperature, before top-k/top-p;
+    ``bits[s]`` uint8 ``[B, L, Q]``.
+    """
+
+    logits: list[Tensor] = field(default_factory=list)
+    bits: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Images and how they came about.
+
+    ``image_B3YX`` float32 in [-1, 1]; ``latent_BDYX`` float32, what the VAE decoded; ``kv_bytes``
+    allocated for the KV cache.
+    """
+
+    image_B3YX: Tensor
+    latent_BDYX: Tensor
+    kv_bytes: int
+    trace: Trace
+
+    @property
+    def uint8_BYX3(self) -> Tensor:
+        """RGB, truncated to uint8 as the original does."""
+        return ((self.image_B3YX + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+    @property
+    def pil(self) -> list:
+        from PIL import Image
+
+        return [Image.fromarray(image.cpu().numpy()) for image in self.uint8_BYX3]
+
+
+class InfinityPipeline:
+    """Text to image with an Infinity transformer, full precision or compressed."""
+
+    def __init__(self, transformer: Infinity, vae: VAE, text_encoder: TextEncoder | None) -> None:
+        if transformer.config.code_dim != vae.config.code_dim:
+            raise ValueError(
+                f"the transformer's codes have {transformer.config.code_dim} channels, "
+                f"the VAE's {vae.config.code_dim}; they do not belong together"
+            )
+        self.transformer = transformer
+        self.vae = vae
+        self.text_encoder = text_encoder
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.start_position.device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        text_encoder_cache: str | Path | None = None,
+    ) -> InfinityPipeline:
+        """Open a model directory, an embedded model ("infinity-tiny") or a hub id.
+
+        The transformer's blocks, the VAE and the text encoder run in ``dtype``, everything else in
+        float32. On a CPU, tensors stored in the dtype they run in stay mapped to their files; on a
+        GPU they go there one by one. The text encoder is read when the first prompt needs it;
+        ``text_encoder_cache`` is a folder that keeps prompts' features.
+        Raises: CheckpointError (a ValueError) naming the file that is missing or does not fit.
+        """
+        folder = directory.resolve(source)
+        index = directory.read_index(folder)
+        if not index.has_vae:
+            raise CheckpointError(
+                f"{folder}: holds no VAE; open its transformer with "
+                "models.directory.load_transformer, or write it again with one"
+            )
+        transformer = directory.load_transformer(folder, dtype=dtype, device=device)
+        vae = directory.load_vae(folder, dtype=dtype, device=device)
+        t5 = directory.text_encoder_folders(folder, index)
+        if t5 is None:
+            return cls(transformer, vae, None)
+        text_encoder = TextEncoder(
+            *t5,
+            max_length=transformer.config.text_maxlen,
+            dtype=dtype,
+            device=device,
+            cache_dir=text_encoder_cache,
+        )
+        return cls(transformer, vae, text_encoder)
+
+    @classmethod
+    def from_official(
+        cls,
+        model: str | ModelConfig,
+        *,
+        transformer: str | Path,
+        vae: str | Path,
+        text_encoder: str | Path | None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        text_encoder_cache: str | Path | None = None,
+    ) -> InfinityPipeline:
+        """Open official files as they are; ``model`` is "infinity-2b" or the like.
+
+        ``text_encoder`` is a T5 folder or hub id; without one, prompts must be TextFeatures.
+        Raises: CheckpointError (a ValueError) naming the file that is missing or does not fit.
+        """
+        config = model_config(model) if isinstance(model, str) else model
+        network = directory.meta_transformer(config.transformer, dtype)
+        load_official_transformer(network, transformer, device=device)
+        decoder = directory.meta_vae(config.vae, dtype)
+        load_official_vae(decoder, vae, device=device)
+        if text_encoder is None:
+            return cls(network, decoder, None)
+        encoder = TextEncoder(
+            text_encoder,
+            text_encoder,
+            max_length=config.transformer.text_maxlen,
+            dtype=dtype,
+            device=device,
+            cache_dir=text_encoder_cache,
+        )
+        return cls(network, decoder, encoder)
+
+    def save_pretrained(
+        self,
+        target: str | Path,
+        *,
+        copy_text_encoder: bool = True,
+        overwrite: bool = False,
+        max_shard_bytes: int = directory.MAX_SHARD_BYTES,
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a model directory that ``from_pretrained`` opens.
+
+        A text encoder that is a local folder is copied, or referred to without
+        ``copy_text_encoder``; one that is a hub id is always referred to.
+        Raises: CheckpointError when ``target`` is occupied.
+        """
+        t5 = self.text_encoder
+        reference = None if t5 is None else t5.encoder_dir
+        if t5 is not None and copy_text_encoder and Path(t5.encoder_dir).is_dir():
+            reference = ""
+        with directory.new_directory(target, overwrite=overwrite) as folder:
+            for name, model in (("transformer", self.transformer), ("vae", self.vae)):
+                directory.write_component(
+                    folder / name,
+                    model.config,
+                    model.state_dict().items(),
+                    max_shard_bytes=max_shard_bytes,
+                )
+            if t5 is not None and reference == "":
+                directory.write_text_encoder(folder, t5.encoder_dir, t5.tokenizer_dir)
+            index = directory.ModelIndex(True, reference, provenance or {})
+            directory.write_index(folder, index)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Text,
+        *,
+        seed: int | Sequence[int],
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        negative: Text | None = None,
+        aspect_ratio: float = 1.0,
+        pixel_budget: str | None = None,
+        text_encoder: Literal["keep", "release"] = "keep",
+        forced_bits: Sequence[Tensor] = (),
+        with_trace: bool = False,
+        vae_strip_rows: int | None = None,
+        on_level: OnLevel | None = None,
+    ) -> Generation:
+        """Draw one image per prompt.
+
+        ``aspect_ratio`` is height / width. ``forced_bits`` replace what is sampled on the first
+        levels (the noise is drawn all the same). ``on_level(level, latent)`` sees the latent after
+        each level.
+        """
+        config = self.transformer.config
+        schedule = Schedule.of(aspect_ratio, pixel_budget or config.pixel_budget)
+        guidance = sampling.guidance(schedule, config.depth)
+        taus, levels = sampling.temperatures(schedule), sampling.levels(schedule)
+
+        text = self.encode(prompts)
+        generators = seeded_generators(seed, len(text.lens))
+        context = self.embed_text(text, negative, guided=guidance.is_on)
+        if text_encoder == "release" and self.text_encoder is not None:
+            self.text_encoder.release()
+        cache = self.new_cache(schedule, rows=len(context.cond_RC))
+        pyramid = self.new_pyramid(schedule, batch=context.num_images)
+        rope = self.transformer.rotary_table(schedule)
+        trace = Trace()
+        x_RLC = self.transformer.start_token(context)
+        for level in levels:
+            h_RLC = self.transformer(x_RLC, (level,), context, cache, rope, guidance)
+            cfg = guidance.scales[level.index] if 0 in guidance.layers else 1.0
+            logits_BLQ2 = self.guided_logits(h_RLC, context, cfg) / taus[level.index]
+            noise_BLQ2 = draw_noise(generators, level, config.bits_per_token)
+            bits_BLQ = sample_bits(logits_BLQ2, noise_BLQ2, sampling)
+            if level.index < len(forced_bits):
+                bits_BLQ = forced_bits[level.index].to(bits_BLQ)
+            pyramid.add(bits_BLQ, level)
+            if with_trace:
+                trace.logits.append(logits_BLQ2)
+                trace.bits.append(bits_BLQ)
+            if on_level is not None:
+                on_level(level, pyramid.latent_BDYX)
+            if level is not levels[-1]:
+                tokens_BLQ = pyramid.tokens_for(schedule.after(level))
+                x_RLC = self.transformer.embed_bits(tokens_BLQ, context)
+        kv_bytes = cache.num_bytes
+        del cache, context
+        image = self.vae.decode(pyramid.latent_BDYX, strip_rows=vae_strip_rows)
+        return Generation(image, pyramid.latent_BDYX, kv_bytes, trace)
+
+    @torch.inference_mode()
+    def teacher_logits(
+        self,
+        prompts: Text,
+        bits: Sequence[Tensor],
+        *,
+        cfg: float,
+        negative: Text | None = None,
+        aspect_ratio: float = 1.0,
+        pixel_budget: str | None = None,
+    ) -> list[Tensor]:
+        """Guided logits of every level given all bits, in one forward: ``[B, L, Q, 2]`` each.
+
+        Equal to generating with ``forced_bits=bits`` at tau 1.
+        """
+        schedule = Schedule.of(aspect_ratio, pixel_budget or self.transformer.config.pixel_budget)
+        if len(bits) != len(schedule.levels):
+            raise ValueError(f"{len(bits)} levels of bits, the schedule has {len(schedule.levels)}")
+        context = self.embed_text(self.encode(prompts), negative, guided=cfg != 1)
+        pyramid = self.new_pyramid(schedule, batch=context.num_images)
+        tokens_BLQ = teacher_inputs([one.to(self.device) for one in bits], pyramid)
+        x_RLC = torch.cat(
+            [
+                self.transformer.start_token(context),
+                self.transformer.embed_bits(tokens_BLQ, context),
+            ],
+            dim=1,
+        )
+        cache = self.new_cache(schedule, rows=len(context.cond_RC))
+        rope = self.transformer.rotary_table(schedule)
+        h_RLC = self.transformer(x_RLC, schedule.levels, context, cache, rope)
+        logits_BLQ2 = self.guided_logits(h_RLC, context, cfg)
+        return list(logits_BLQ2.split([level.num_tokens for level in schedule.levels], dim=1))
+
+    def encode(self, prompts: Text) -> TextFeatures:
+        """Text features on the pipeline's device."""
+        if isinstance(prompts, TextFeatures):
+            return TextFeatures(prompts.packed_TE.to(self.device), prompts.lens)
+        if self.text_encoder is None:
+            raise ValueError("this pipeline has no text encoder; pass TextFeatures as prompts")
+        features = self.text_encoder.encode(prompts)
+        return TextFeatures(features.packed_TE.to(self.device), features.lens)
+
+    def embed_text(self, text: TextFeatures, negative: Text | None, *, guided: bool) -> TextContext:
+        if not guided:
+            return self.transformer.embed_text(text, None)
+        if negative is None:
+            return self.transformer.embed_text(text, self.transformer.unconditional_text(text))
+        unconditional = self.encode(negative)
+        if len(unconditional.lens) != len(text.lens):
+            raise ValueError(
+                f"{len(unconditional.lens)} negative prompts for {len(text.lens)} prompts"
+            )
+        return self.transformer.embed_text(text, unconditional)
+
+    def guided_logits(self, h_RLC: Tensor, context: TextContext, cfg: float) -> Tensor:
+        """Logits ``[B, L, Q, 2]``; both guidance rows are combined unless cfg is 1."""
+        if cfg == 1 or not context.is_guided:
+            batch = context.num_images
+            return self.transformer.head(h_RLC[:batch], context.cond_RC[:batch])
+        return combine(self.transformer.head(h_RLC, context.cond_RC), cfg)
+
+    def new_cache(self, schedule: Schedule, *, rows: int) -> LevelCache:
+        dtype = self.transformer.blocks[0].dtype
+        return PlainCache(
+            self.transformer.config,
+            schedule,
+            rows=rows,
+            dtype=dtype,  # type: ignore[arg-type]
+            device=self.device,
+        )
+
+    def new_pyramid(self, schedule: Schedule, *, batch: int) -> Pyramid:
+        return Pyramid(
+            schedule,
+            code_dim=self.transformer.config.code_dim,
+            patchify=self.transformer.config.patchify,
+            batch=batch,
+            device=self.device,
+        )

@@ -1,0 +1,226 @@
+"""Reference ops against float64. Shapes as in ops/reference.py: M, K, N, G, R and B, H, Q, L, D."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from var_compressor.ops import primitives, reference
+from var_compressor.ops.packing import pack_int4
+from var_compressor.ops.primitives import FORMATS
+
+SHAPES = [(1, 64, 1, 64), (3, 96, 5, 32), (17, 320, 33, 64), (257, 192, 40, 16), (2, 128, 7, 128)]
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(7)
+
+
+def make_linear(rng, *, K, N, group_size, rank, format="sint4"):
+    weight_NK = torch.randn(N, K, generator=rng) * 0.1
+    codes_NK, wscales_NG = primitives.quantize_dynamic(
+        weight_NK, format=FORMATS[format], group_size=group_size, scale_dtype=torch.float32
+    )
+    smooth_K = torch.rand(K, generator=rng) + 0.5
+    down_RK = torch.randn(rank, K, generator=rng) * 0.1
+    up_NR = torch.randn(N, rank, generator=rng)
+    bias_N = torch.randn(N, generator=rng)
+    return codes_NK, wscales_NG, smooth_K, down_RK, up_NR, bias_N
+
+
+def expected_gemm(codes_MK, xscales_MG, wcodes_NK, wscales_NG, low_MR, up_NR, bias_N):
+    """Everything in float64, dequantizing both sides."""
+    K = codes_MK.shape[1]
+    x_MK = codes_MK.double() * xscales_MG.double().repeat_interleave(
+        K // xscales_MG.shape[1], dim=1
+    )
+    w_NK = wcodes_NK.double() * wscales_NG.double().repeat_interleave(
+        K // wscales_NG.shape[1], dim=1
+    )
+    return x_MK @ w_NK.T + low_MR.double() @ up_NR.double().T + bias_N.double()
+
+
+@pytest.mark.parametrize(("M", "K", "N", "group_size"), SHAPES)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_w4a4_equals_float64(rng, M, K, N, group_size, rank):
+    wcodes_NK, wscales_NG, smooth_K, down_RK, up_NR, bias_N = make_linear(
+        rng, K=K, N=N, group_size=group_size, rank=rank
+    )
+    codes_MK, xscales_MG, low_MR = reference.quantize_act(
+        torch.randn(M, K, generator=rng),
+        smooth_K,
+        down_RK,
+        group_size=group_size,
+        format=FORMATS["sint4"],
+    )
+    y_MN = reference.gemm_w4a4(
+        codes_MK, xscales_MG, pack_int4(wcodes_NK), wscales_NG, low_MR, up_NR, bias_N
+    )
+    wanted_MN = expected_gemm(codes_MK, xscales_MG, wcodes_NK, wscales_NG, low_MR, up_NR, bias_N)
+    torch.testing.assert_close(y_MN.double(), wanted_MN, rtol=1e-5, atol=1e-5)
+
+
+def test_w4a4_adds_exact_integer_dots_group_by_group(rng):
+    # with powers of two as scales nothing rounds, so any inexact dot would show
+    codes_MK = torch.randint(-7, 8, (300, 192), generator=rng).to(torch.int8)
+    wcodes_NK = torch.randint(-7, 8, (9, 192), generator=rng).to(torch.int8)
+    xscales_MG = 2.0 ** torch.randint(-2, 3, (300, 3), generator=rng)
+    wscales_NG = 2.0 ** torch.randint(-2, 3, (9, 3), generator=rng)
+    nothing_MR, nothing_NR, zero_N = torch.empty(300, 0), torch.empty(9, 0), torch.zeros(9)
+    y_MN = reference.gemm_w4a4(
+        codes_MK, xscales_MG, pack_int4(wcodes_NK), wscales_NG, nothing_MR, nothing_NR, None
+    )
+    wanted_MN = expected_gemm(
+        codes_MK, xscales_MG, wcodes_NK, wscales_NG, nothing_MR, nothing_NR, zero_N
+    )
+    assert torch.equal(y_MN.double(), wanted_MN)
+
+
+@pytest.mark.parametrize(("M", "K", "N", "group_size"), SHAPES)
+def test_w4a8_with_one_scale_per_token_equals_float64(rng, M, K, N, group_size):
+    wcodes_NK, wscales_NG, smooth_K, down_RK, up_NR, bias_N = make_linear(
+        rng, K=K, N=N, group_size=group_size, rank=2
+    )
+    codes_MK, xscales_M1, low_MR = reference.quantize_act(
+        torch.randn(M, K, generator=rng), smooth_K, down_RK, group_size=K, format=FORMATS["sint8"]
+    )
+    y_MN = reference.gemm_w4a4(
+        codes_MK, xscales_M1, pack_int4(wcodes_NK), wscales_NG, low_MR, up_NR, bias_N
+    )
+    wanted_MN = expected_gemm(codes_MK, xscales_M1, wcodes_NK, wscales_NG, low_MR, up_NR, bias_N)
+    torch.testing.assert_close(y_MN.double(), wanted_MN, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("M", "K", "N", "group_size"), SHAPES)
+def test_w4a16_equals_float64(rng, M, K, N, group_size):
+    wcodes_NK, wscales_NG, _, down_RK, up_NR, bias_N = make_linear(
+        rng, K=K, N=N, group_size=group_size, rank=3
+    )
+    x_MK = torch.randn(M, K, generator=rng)
+    low_MR = x_MK @ down_RK.T
+    y_MN = reference.gemm_w4a16(x_MK, pack_int4(wcodes_NK), wscales_NG, low_MR, up_NR, bias_N)
+    unit_MG = torch.ones(M, 1)
+    wanted_MN = expected_gemm(x_MK, unit_MG, wcodes_NK, wscales_NG, low_MR, up_NR, bias_N)
+    torch.testing.assert_close(y_MN.double(), wanted_MN, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("M", "K", "N"), [(1, 3, 2), (5, 1024, 3), (258, 2500, 4)])
+def test_w8a8_equals_float64_beyond_what_float32_can_sum(rng, M, K, N):
+    # all products positive and maximal: a float32 sum over 2500 channels would lose units
+    codes_MK = torch.randint(120, 128, (M, K), generator=rng).to(torch.int8)
+    wcodes_NK = torch.randint(120, 128, (N, K), generator=rng).to(torch.int8)
+    xscales_M1, wscales_N1 = torch.ones(M, 1), torch.ones(N, 1)
+    nothing_MR, nothing_NR = torch.empty(M, 0), torch.empty(N, 0)
+    y_MN = reference.gemm_w8a8(
+        codes_MK, xscales_M1, wcodes_NK, wscales_N1, nothing_MR, nothing_NR, None
+    )
+    exact_MN = codes_MK.long() @ wcodes_NK.long().T
+    assert torch.equal(y_MN, exact_MN.float())
+
+
+def test_quantize_act_smooths_before_quantizing_and_projects_unquantized(rng):
+    x_MK, smooth_K = torch.randn(6, 64, generator=rng), torch.rand(64, generator=rng) + 0.1
+    down_RK = torch.randn(3, 64, generator=rng)
+    codes_MK, xscales_MG, low_MR = reference.quantize_act(
+        x_MK, smooth_K, down_RK, group_size=32, format=FORMATS["sint4"]
+    )
+    x_hat_MK = x_MK.double() / smooth_K.double()
+    torch.testing.assert_close(low_MR.double(), x_hat_MK @ down_RK.double().T, rtol=1e-5, atol=1e-5)
+    absmax_MG = x_hat_MK.view(6, 2, 32).abs().amax(-1)
+    torch.testing.assert_close(xscales_MG.double(), absmax_MG / 7, rtol=1e-6, atol=0)
+    step_MK = xscales_MG.double().repeat_interleave(32, dim=1)
+    assert ((codes_MK.double() * step_MK - x_hat_MK).abs() <= step_MK * 0.50001).all()
+
+
+def test_shift_is_undone_by_the_bias_and_halves_the_step(rng):
+    """Unsigned codes for a post-GELU input: same function, finer steps."""
+    shift, K, N = 0.171875, 128, 24
+    x_MK = F.gelu(torch.randn(50, K, generator=rng) * 2, approximate="tanh")
+    wcodes_NK, wscales_NG, smooth_K, down_RK, up_NR, bias_N = make_linear(
+        rng, K=K, N=N, group_size=64, rank=4
+    )
+    weight_NK = primitives.dequantize_symmetric(wcodes_NK, wscales_NG) + up_NR @ down_RK
+    weight_NK = weight_NK / smooth_K
+    wanted_MN = x_MK.double() @ weight_NK.double().T + bias_N.double()
+    errors = {}
+    for format, used_shift in (("sint4", 0.0), ("uint4", shift)):
+        bias_here_N = reference.shifted_bias(bias_N, weight_NK, shift=used_shift)
+        codes_MK, xscales_MG, low_MR = reference.quantize_act(
+            x_MK, smooth_K, down_RK, group_size=64, format=FORMATS[format], shift=used_shift
+        )
+        y_MN = reference.gemm_w4a4(
+            codes_MK, xscales_MG, pack_int4(wcodes_NK), wscales_NG, low_MR, up_NR, bias_here_N
+        )
+        errors[format] = float((y_MN - wanted_MN).square().mean())
+    assert codes_MK.amin() >= 0 and codes_MK.amax() == 15
+    assert errors["uint4"] < 0.4 * errors["sint4"]
+    # unquantized, the shift cancels up to float32 rounding
+    y_MN = (x_MK + shift) @ weight_NK.T + reference.shifted_bias(bias_N, weight_NK, shift=shift)
+    torch.testing.assert_close(y_MN.double(), wanted_MN, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 0, 8), (2, 3, 5, 0, 16), (1, 2, 1, 9, 8), (2, 3, 7, 40, 16)]
+)
+@pytest.mark.parametrize("center", [0.0, 5.0])
+def test_attention_over_codes_equals_attention_over_dequantized_values(rng, shape, center):
+    """center 5: every channel's range excludes 0, so the zero points lie far outside the codes."""
+    B, H, Q, L, D = shape
+    q, k_now, v_now = (
+        torch.randn(B, H, Q, D, generator=rng, dtype=torch.float64) for _ in range(3)
+    )
+    cached = []
+    for _ in ("k", "v"):
+        lo_HD = center + torch.randn(H, D, generator=rng)
+        scale_HD, zero_HD = primitives.choose_affine(lo_HD, lo_HD + 1.5, nbits=8)
+        codes = torch.randint(-128, 128, (B, H, L, D), generator=rng).to(torch.int8)
+        real = (codes.double() - zero_HD.double()[:, None]) * scale_HD.double()[:, None]
+        cached.append((codes, scale_HD, zero_HD, real))
+    (k_codes, k_scale, k_zero, k_real), (v_codes, v_scale, v_zero, v_real) = cached
+    o = reference.attend_codes(
+        q,
+        k_codes,
+        v_codes,
+        k_now,
+        v_now,
+        k_scale_HD=k_scale,
+        k_zero_point_HD=k_zero,
+        v_scale_HD=v_scale,
+        v_zero_point_HD=v_zero,
+    )
+    k, v = torch.cat((k_real, k_now), dim=2), torch.cat((v_real, v_now), dim=2)
+    wanted = torch.softmax(q @ k.mT, dim=-1) @ v
+    torch.testing.assert_close(o, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_attention_does_not_depend_on_how_queries_are_chunked(rng, monkeypatch):
+    B, H, Q, L, D = 2, 2, 9, 11, 4
+    tensors = [torch.randn(B, H, Q, D, generator=rng) for _ in range(3)]
+    codes = [torch.randint(-128, 128, (B, H, L, D), generator=rng).to(torch.int8) for _ in "kv"]
+    params = {
+        "k_scale_HD": torch.rand(H, D, generator=rng) / 100,
+        "k_zero_point_HD": torch.randint(-9, 9, (H, D), generator=rng),
+        "v_scale_HD": torch.rand(H, D, generator=rng) / 100,
+        "v_zero_point_HD": torch.randn(H, D, generator=rng),
+    }
+    whole = reference.attend_codes(tensors[0], *codes, *tensors[1:], **params)
+    monkeypatch.setattr(reference, "_ATTEND_LOGITS", H * (L + Q) * 2)
+    chunked = reference.attend_codes(tensors[0], *codes, *tensors[1:], **params)
+    torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_misuse_is_named(rng):
+    wcodes_NK, wscales_NG, *_, up_NR, bias_N = make_linear(rng, K=64, N=4, group_size=32, rank=1)
+    codes_MK, low_MR = torch.zeros(2, 96, dtype=torch.int8), torch.zeros(2, 1)
+    with pytest.raises(ValueError, match="96 channels in 3 groups, the weight 64 in 2"):
+        reference.gemm_w4a4(
+            codes_MK, torch.ones(2, 3), pack_int4(wcodes_NK), wscales_NG, low_MR, up_NR, bias_N
+        )
+    with pytest.raises(ValueError, match="flatten"):
+        reference.quantize_act(
+            torch.zeros(1, 2, 64),
+            torch.ones(64),
+            torch.zeros(1, 64),
+            group_size=64,
+            format=FORMATS["sint4"],
+        )

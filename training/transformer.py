@@ -1,0 +1,295 @@
+"""Train Infinity-Tiny's transformer and text encoder on the bits of the trained VAE.
+
+    PYTHONPATH=src python training/transformer.py --vae DIR --judge DIR --out DIR
+
+Scenes are rendered and encoded once; the bits are taken afresh in every step, with random flips
+that later levels learn to correct (bitwise self-correction).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import math
+import multiprocessing
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import T5EncoderModel
+
+from loop import Run, machine, save_json, save_weights
+from text import build_encoder, build_tokenizer, save_text_encoder
+from var_compressor.evaluation.reader import Reader, caption_accuracy, score_caption
+from var_compressor.evaluation.scenes import captions, render, sample_scenes, truths
+from var_compressor.models.bits import Pyramid, quantize_latent, teacher_inputs
+from var_compressor.models.config import MODELS, config_to_dict
+from var_compressor.models.sampling import Sampling
+from var_compressor.models.schedule import Level, Schedule
+from var_compressor.models.text_encoder import TextEncoder
+from var_compressor.models.transformer import Infinity
+from var_compressor.models.vae import VAE
+from var_compressor.pipeline import InfinityPipeline
+
+CONFIG = MODELS["infinity-tiny"]
+SCHEDULE = Schedule.of(1.0, CONFIG.transformer.pixel_budget)
+MAX_FLIP = 0.25
+CAPTION_DROP = 0.1
+
+
+class LevelCausal:
+    """A cache that stores nothing: one masked attention over all levels."""
+
+    def __init__(self, device: str) -> None:
+        sizes = torch.tensor([level.num_tokens for level in SCHEDULE.levels])
+        level_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
+        self.mask_LL = level_of[:, None] >= level_of[None, :]
+
+    def attend(self, layer: int, levels: Sequence[Level], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask_LL, scale=1.0)
+
+
+class TeacherForced(nn.Module):
+    """Captions and the tokens of all levels to the logits of all bits."""
+
+    def __init__(self, encoder: T5EncoderModel, transformer: Infinity, device: str) -> None:
+        super().__init__()
+        self.encoder, self.transformer = encoder, transformer
+        self.cache = LevelCausal(device)
+        self.rope = transformer.rotary_table(SCHEDULE)
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor, drop_B: Tensor, tokens_BLQ: Tensor) -> Tensor:
+        model = self.transformer
+        text = self.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
+        unconditional = model.uncond_text[: ids_BT.shape[1]].expand_as(text)
+        text = torch.where(drop_B[:, None, None], unconditional, text)
+        context = model.context_of(text, mask_BT[:, None, None].bool(), num_images=len(ids_BT))
+        x = torch.cat([model.start_token(context), model.embed_bits(tokens_BLQ, context)], dim=1)
+        h = model(x, SCHEDULE.levels, context, self.cache, self.rope)
+        return model.head(h, context.cond_RC).float()
+
+
+def initialise(model: Infinity) -> None:
+    """Small weights; residual branches start at a quarter of their strength."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.in_features))
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.level_embed.weight, std=0.1)
+    nn.init.normal_(model.text_pool.query, std=1.0)
+    nn.init.normal_(model.ada_proj.weight, std=0.002)
+    nn.init.normal_(model.head_ada_proj.weight, std=0.002)
+    nn.init.normal_(model.head_proj.weight, std=0.02)
+    for block in model.blocks:
+        block.ada_offset.data[:, :, :2] = 0.25
+
+
+def bit_loss(logits_BLQ2: Tensor, bits_BLQ: Tensor, weight_L: Tensor) -> tuple[Tensor, Tensor]:
+    """Level-weighted cross-entropy, and the plain one per token position."""
+    margin = logits_BLQ2[..., 1] - logits_BLQ2[..., 0]
+    entropy_L = F.binary_cross_entropy_with_logits(margin, bits_BLQ.float(), reduction="none").mean((0, 2))
+    return (entropy_L * weight_L).sum(), entropy_L.detach()
+
+
+def level_weights(device: str) -> Tensor:
+    """Tokens weighted by 1 / sqrt(tokens of their level); sums to 1."""
+    sizes = torch.tensor([level.num_tokens for level in SCHEDULE.levels], dtype=torch.float32)
+    weight_L = sizes.rsqrt().repeat_interleave(sizes.long())
+    return (weight_L / weight_L.sum()).to(device)
+
+
+def self_corrected(latent_BDYX: Tensor) -> tuple[Tensor, Tensor]:
+    """Targets ``[B, L, Q]`` and teacher tokens ``[B, L-1, Q]``, with a random share of bits flipped."""
+    flipped: list[Tensor] = []
+
+    def flip(bits_BLQ: Tensor, level: Level) -> Tensor:
+        share_B11 = torch.rand(len(bits_BLQ), 1, 1, device=bits_BLQ.device) * MAX_FLIP
+        flips = torch.rand(bits_BLQ.shape, device=bits_BLQ.device) < share_B11
+        flipped.append(bits_BLQ ^ flips.to(torch.uint8))
+        return flipped[-1]
+
+    bits, _ = quantize_latent(latent_BDYX, SCHEDULE, patchify=False, flip=flip)
+    pyramid = Pyramid(
+        SCHEDULE,
+        code_dim=CONFIG.vae.code_dim,
+        patchify=False,
+        batch=len(latent_BDYX),
+        device=latent_BDYX.device,
+    )
+    return torch.cat(bits, dim=1), teacher_inputs(flipped, pyramid)
+
+
+def caption_ids(first_and_count: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of a range of training captions (runs in a worker process)."""
+    torch.set_num_threads(1)
+    first, count = first_and_count
+    texts = captions(sample_scenes(torch.arange(first, first + count), "train"))
+    tokens = build_tokenizer()(
+        texts, padding="max_length", max_length=CONFIG.transformer.text_maxlen, return_tensors="pt"
+    )
+    return tokens.input_ids, tokens.attention_mask.bool()
+
+
+def encode_scenes(vae: VAE, count: int, device: str) -> Tensor:
+    """Encoder outputs of the first training scenes, bf16 ``[N, D, Y, X]``."""
+    latents = torch.empty(count, CONFIG.vae.code_dim, 16, 16, dtype=torch.bfloat16, device=device)
+    draw = torch.compile(render) if device == "cuda" else render
+    size = min(500, count)
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+        for start in range(0, count, size):
+            image = draw(sample_scenes(torch.arange(start, start + size, device=device), "train"))
+            latents[start : start + size] = vae.encoder(image.contiguous(memory_format=torch.channels_last))
+    return latents
+
+
+def evaluate(
+    pipeline: InfinityPipeline, judge: Reader, split: str, count: int, sampling: Sampling
+) -> tuple[dict[str, float], Tensor]:
+    """Caption accuracy of generated images, and the first of them."""
+    scores, shown = [], []
+    for start in range(0, count, 100):
+        scenes = sample_scenes(torch.arange(start, min(start + 100, count)), split)
+        images = pipeline.generate(captions(scenes), seed=start, sampling=sampling).image_B3YX
+        readings = judge.read(images)
+        scores += [score_caption(r, t) for r, t in zip(readings, truths(scenes), strict=True)]
+        shown.append(images[:24].float().cpu())
+    accuracy = caption_accuracy(scores)
+    return {"objects_right": accuracy.objects, "captions_right": accuracy.captions}, shown[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--vae", type=Path, required=True, help="folder with the VAE's model.safetensors")
+    parser.add_argument("--judge", type=Path, required=True, help="folder of the reader")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="go on from this folder")
+    parser.add_argument("--seconds", type=float, default=400)
+    parser.add_argument("--scenes", type=int, default=200_000)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval-captions", type=int, default=500)
+    args = parser.parse_args()
+
+    began = time.monotonic()
+    chunk = min(2000, args.scenes)
+    with multiprocessing.get_context("forkserver").Pool(min(14, multiprocessing.cpu_count())) as pool:
+        pending = pool.map_async(caption_ids, [(i, chunk) for i in range(0, args.scenes, chunk)])
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision("high")
+        args.out.mkdir(parents=True, exist_ok=True)
+        vae = load_vae(args.vae).to(device)
+        latents = encode_scenes(copy.deepcopy(vae).to(memory_format=torch.channels_last), args.scenes, device)
+        print(f"encoded {args.scenes} scenes after {time.monotonic() - began:.1f} s", flush=True)
+        parts = pending.get()
+    ids = torch.cat([part[0] for part in parts]).to(device)
+    masks = torch.cat([part[1] for part in parts]).to(device)
+    print(f"captions ready after {time.monotonic() - began:.1f} s", flush=True)
+
+    encoder, transformer = build_encoder(len(build_tokenizer())), Infinity(CONFIG.transformer)
+    initialise(transformer)
+    if args.init:
+        transformer.load_state_dict(load_parts(args.init, "transformer*.safetensors"))
+        encoder.load_state_dict(load_parts(args.init / "text_encoder", "model.safetensors"), strict=False)
+    encoder, transformer = encoder.to(device).train(), transformer.to(device)
+    model = TeacherForced(encoder, transformer, device)
+    run = Run([encoder, transformer], seconds=args.seconds, peak_lr=args.lr, weight_decay=0.03)
+    forward = torch.compile(model) if device == "cuda" else model
+    corrected = torch.compile(self_corrected) if device == "cuda" else self_corrected
+    weight_L = level_weights(device)
+
+    def loss_of_batch() -> tuple[Tensor, Tensor]:
+        index = torch.randint(len(latents), (args.batch_size,), device=device)
+        with torch.no_grad():
+            bits_BLQ, tokens_BLQ = corrected(latents[index].float())
+        drop_B = torch.rand(args.batch_size, device=device) < CAPTION_DROP
+        with autocast(device):
+            logits_BLQ2 = forward(ids[index], masks[index], drop_B, tokens_BLQ)
+        return bit_loss(logits_BLQ2, bits_BLQ, weight_L)
+
+    loss_of_batch()[0].backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"compiled after {time.monotonic() - began:.1f} s", flush=True)
+
+    run.start()
+    next_log = 0.0
+    while run.elapsed < args.seconds:
+        loss, entropy_L = loss_of_batch()
+        run.step(loss)
+        if run.elapsed >= next_log:
+            next_log = run.elapsed + args.seconds / 40
+            per_level = {
+                f"level{level.index}": entropy_L[level.offset : level.end].mean().item()
+                for level in SCHEDULE.levels
+            }
+            run.log(run.step_index * args.batch_size, loss=loss.item(), mean=entropy_L.mean().item(), **per_level)
+
+    encoder, transformer = run.averaged
+    encoder, transformer = encoder.to(torch.bfloat16).float(), transformer.to(torch.bfloat16).float()
+    save_weights(transformer, args.out / "transformer.safetensors")
+    save_json(config_to_dict(CONFIG.transformer), args.out / "transformer.json")
+    save_text_encoder(encoder, args.out)
+    record = {"machine": machine(), "seed": args.seed, "seconds": run.elapsed, "scenes": args.scenes}
+    record |= {"images": run.step_index * args.batch_size, "batch_size": args.batch_size, "curve": run.curve}
+    save_json(record, args.out / "metrics.json")
+
+    text_encoder = TextEncoder(
+        args.out / "text_encoder",
+        args.out / "tokenizer",
+        max_length=CONFIG.transformer.text_maxlen,
+        dtype=torch.float32,
+        device=device,
+    )
+    pipeline = InfinityPipeline(transformer.eval(), vae, text_encoder)
+    judge = Reader.load(args.judge / "model.safetensors").to(device).eval()
+    record["sweep"] = []
+    for cfg, tau in [(1.0, 0.5), (1.5, 0.5), (2.0, 0.5), (3.0, 0.5), (2.0, 0.3), (2.0, 1.0)]:
+        count = min(200, args.eval_captions)
+        accuracy, _ = evaluate(pipeline, judge, "validation", count, Sampling(cfg=cfg, tau=tau))
+        record["sweep"].append({"cfg": cfg, "tau": tau, "captions": count, **accuracy})
+        print(record["sweep"][-1], flush=True)
+    best = max(record["sweep"], key=lambda row: (row["captions_right"], row["objects_right"]))
+    sampling = Sampling(cfg=best["cfg"], tau=best["tau"])
+    record["test"], shown = evaluate(pipeline, judge, "test", args.eval_captions, sampling)
+    record["test"] |= {"cfg": best["cfg"], "tau": best["tau"], "captions": args.eval_captions}
+    print(record["test"], flush=True)
+    save_json(record, args.out / "metrics.json")
+    save_grid(shown, args.out / "samples.png")
+
+
+def autocast(device: str) -> contextlib.AbstractContextManager:
+    return torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
+
+
+def load_parts(folder: Path, pattern: str) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob(pattern)):
+        state |= {name: tensor.float() for name, tensor in load_file(path).items()}
+    return state
+
+
+def load_vae(folder: Path) -> VAE:
+    vae = VAE(CONFIG.vae)
+    vae.load_state_dict(load_parts(folder, "model*.safetensors"))
+    return vae.eval().requires_grad_(False)
+
+
+def save_grid(images_B3YX: Tensor, path: Path) -> None:
+    from PIL import Image
+
+    columns = min(8, len(images_B3YX))
+    images_B3YX = images_B3YX[: len(images_B3YX) // columns * columns]
+    grid = images_B3YX.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    Image.fromarray(((grid + 1) * 127.5).round().to(torch.uint8).numpy()).save(path)
+
+
+if __name__ == "__main__":
+    main()
