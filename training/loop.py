@@ -23,19 +23,28 @@ class Run:
     """
 
     def __init__(
-        self, models: list[nn.Module], *, seconds: float, peak_lr: float, weight_decay: float
+        self,
+        models: list[nn.Module],
+        *,
+        seconds: float,
+        peak_lr: float,
+        weight_decay: float,
+        lr_factors: list[float] | None = None,
     ) -> None:
         self.models = models
         self.averaged = [copy.deepcopy(model).eval().requires_grad_(False) for model in models]
         self.parameters = [p for model in models for p in model.parameters()]
         self.seconds, self.peak_lr = seconds, peak_lr
-        matrices = [p for p in self.parameters if p.ndim > 1 and len(p) > 1]
-        others = [p for p in self.parameters if p.ndim <= 1 or len(p) == 1]
+        groups = []
+        for model, factor in zip(models, lr_factors or [1.0] * len(models), strict=True):
+            matrices = [p for p in model.parameters() if p.ndim > 1 and len(p) > 1]
+            others = [p for p in model.parameters() if p.ndim <= 1 or len(p) == 1]
+            groups += [
+                {"params": matrices, "weight_decay": weight_decay, "factor": factor},
+                {"params": others, "weight_decay": 0.0, "factor": factor},
+            ]
         self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=peak_lr,
-            betas=(0.9, 0.95),
-            fused=torch.cuda.is_available(),
+            groups, lr=peak_lr, betas=(0.9, 0.95), fused=torch.cuda.is_available()
         )
         self.step_index = 0
         self.curve: list[dict[str, float]] = []
@@ -57,7 +66,7 @@ class Run:
         ramp = min(1.0, (self.step_index + 1) / 200)
         lr = self.peak_lr * ramp * (0.01 + 0.99 * (1 + math.cos(math.pi * self.progress)) / 2)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -88,7 +97,9 @@ def machine() -> dict[str, str]:
 
 def save_weights(module: nn.Module, path: Path) -> None:
     """bf16 safetensors; split into ``path`` with -1, -2 … when larger than 15 MiB."""
-    state = {n: t.detach().to("cpu", torch.bfloat16).contiguous() for n, t in module.state_dict().items()}
+    state = {
+        n: t.detach().to("cpu", torch.bfloat16).contiguous() for n, t in module.state_dict().items()
+    }
     files: list[dict[str, Tensor]] = [{}]
     room = MAX_FILE_BYTES
     for name, tensor in state.items():

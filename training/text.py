@@ -2,9 +2,9 @@
 
     PYTHONPATH=src python training/text.py --out DIR --seconds 900
 
-trains the encoder alone, on a CPU, to keep apart which words describe which object: a probe reads
-every object's attributes and their relations off the features of training captions. The
-transformer is then trained on top of it.
+trains the encoder alone, on a CPU, to keep apart which words describe which object: linear probes
+read the attributes and relations of every object off the features of its noun, on training
+captions. The transformer is then trained on top of it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from loop import Run, machine, save_json
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from loop import Run, machine, save_json
 from var_compressor.evaluation.scenes import (
-    BACKGROUNDS,
+    COLOR_WORDS,
     COLORS,
+    MATERIAL_WORDS,
     MATERIALS,
     MAX_OBJECTS,
     RELATIONS,
+    SHAPE_WORDS,
     SHAPES,
     SIZES,
     VOCABULARY,
-    SceneBatch,
+    SceneTruth,
     captions,
     sample_scenes,
+    tokenize,
     truths,
 )
 from var_compressor.models.config import MODELS
@@ -69,7 +72,32 @@ def build_encoder(vocabulary_size: int) -> T5EncoderModel:
         feed_forward_proj="relu",
         tie_word_embeddings=False,
     )
-    return T5EncoderModel(config)
+    encoder = T5EncoderModel(config)
+    start_local(encoder)
+    return encoder
+
+
+@torch.no_grad()
+def start_local(encoder: T5EncoderModel) -> None:
+    """Let heads start by looking left, right, far left and anywhere.
+
+    From T5's own start, near zero, the position biases need thousands of Adam steps to tell a
+    word's neighbours from the rest, and until then no noun finds its adjectives.
+    """
+    bias_BH = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    distance_B = torch.arange(len(bias_BH) // 2, dtype=torch.float32)
+    before_B, after_B = (
+        torch.cat([distance_B, distance_B + 8]),
+        torch.cat([distance_B + 8, distance_B]),
+    )
+    bias_BH.copy_(
+        torch.stack([-0.7 * before_B, -0.7 * after_B, -0.2 * before_B, 0 * before_B], dim=1)
+    )
+
+
+def load_t5(encoder: T5EncoderModel, folder: Path) -> None:
+    stored = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    encoder.load_state_dict(stored.state_dict())
 
 
 def save_text_encoder(encoder: T5EncoderModel, out: Path) -> None:
@@ -80,57 +108,88 @@ def save_text_encoder(encoder: T5EncoderModel, out: Path) -> None:
     build_tokenizer().save_pretrained(out / "tokenizer")
 
 
-class SceneProbe(nn.Module):
-    """Reads a scene's attributes off the text features: one query per mentioned object, one global.
+class NounProbe(nn.Module):
+    """Linear classifiers on the features of a noun: what object it is, and where it belongs.
 
-    Single-head attention and linear classifiers, so that the encoder itself has to tell which
-    words belong to which object.
+    Classes: shape, colour, material, size, number of objects, and how it stands to the objects
+    named before and after it. So the encoder has to gather at the noun what the words around it say.
     """
 
-    ATTRIBUTES = (len(SHAPES), len(COLORS), len(MATERIALS), len(SIZES))
-    GLOBAL = (MAX_OBJECTS + 1, len(BACKGROUNDS), len(RELATIONS) + 1, len(RELATIONS) + 1)
+    CLASSES = (
+        *(len(SHAPES), len(COLORS), len(MATERIALS), len(SIZES)),
+        *(MAX_OBJECTS + 1, len(RELATIONS) + 1, len(RELATIONS) + 1),
+    )
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(MAX_OBJECTS + 1, width) / width**0.5)
-        self.attribute_head = nn.Linear(width, sum(self.ATTRIBUTES))
-        self.global_head = nn.Linear(width, sum(self.GLOBAL))
+        self.head = nn.Linear(width, sum(self.CLASSES))
 
-    def forward(self, text_BTE: Tensor, mask_BT: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        scores_BQT = self.queries @ text_BTE.transpose(1, 2)
-        scores_BQT = scores_BQT.masked_fill(~mask_BT[:, None].bool(), -torch.inf)
-        read_BQE = scores_BQT.softmax(-1) @ text_BTE
-        attributes = self.attribute_head(read_BQE[:, :-1]).split(self.ATTRIBUTES, dim=-1)
-        return list(attributes), list(self.global_head(read_BQE[:, -1]).split(self.GLOBAL, dim=-1))
+    def forward(self, nouns_ME: Tensor) -> list[Tensor]:
+        return list(self.head(nouns_ME).split(self.CLASSES, dim=-1))
 
 
-def probe_targets(scenes: SceneBatch) -> tuple[Tensor, Tensor]:
-    """Classes of every object ``[B, O, 4]`` (-100 in empty slots), and of the scene ``[B, 4]``."""
-    objects = torch.stack([scenes.shape_BO, scenes.color_BO, scenes.material_BO, scenes.size_BO], dim=-1)
-    objects = objects.masked_fill(~scenes.present_BO[..., None], -100)
-    rows = []
-    for truth in truths(scenes):
-        relations = [len(RELATIONS)] * 2
-        for relation in truth.relations:
-            relations[min(relation.subject, relation.object)] = RELATIONS.index(relation.kind)
-        rows.append([len(truth.objects), truth.background, *relations])
-    return objects, torch.tensor(rows)
+def word_classes(words: dict[str, tuple[str, ...]]) -> dict[str, int]:
+    """Every single word of a table of synonyms, and the class it stands for."""
+    return {
+        word: i for i, choices in enumerate(words.values()) for c in choices for word in c.split()
+    }
 
 
-def probe_loss(outputs: tuple[list[Tensor], list[Tensor]], targets: tuple[Tensor, Tensor]) -> tuple[Tensor, float]:
-    """Mean cross-entropy, and the share of all present classes that are right."""
-    attributes, scene = outputs
-    objects_BO4, scene_B4 = targets
-    pairs = [(logits.flatten(0, 1), objects_BO4[..., i].flatten()) for i, logits in enumerate(attributes)]
-    pairs += [(logits, scene_B4[:, i]) for i, logits in enumerate(scene)]
-    loss = sum(F.cross_entropy(logits, classes) for logits, classes in pairs) / len(pairs)
-    right = sum((logits.argmax(-1) == classes).sum().item() for logits, classes in pairs)
-    return loss, right / sum((classes >= 0).sum().item() for _, classes in pairs)
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+NOUNS, COLOR_OF, MATERIAL_OF = map(word_classes, (SHAPE_WORDS, COLOR_WORDS, MATERIAL_WORDS))
+
+
+def noun_targets(caption: str, truth: SceneTruth) -> list[tuple[int, list[int]]]:
+    """Position of every noun in the caption, and its classes as in ``NounProbe``."""
+    mentions = mentioned_objects(caption, truth)
+    order = list(dict.fromkeys(index for _, index in mentions))
+    to_previous = [len(RELATIONS)] * MAX_OBJECTS
+    to_next = list(to_previous)
+    for relation in truth.relations:
+        sides = {relation.subject: relation.kind, relation.object: OPPOSITE[relation.kind]}
+        earlier, later = sorted(sides, key=order.index)
+        to_next[earlier] = RELATIONS.index(sides[earlier])
+        to_previous[later] = RELATIONS.index(sides[later])
+    return [
+        (
+            position,
+            [
+                *truth.objects[index].attributes,
+                len(truth.objects),
+                to_previous[index],
+                to_next[index],
+            ],
+        )
+        for position, index in mentions
+    ]
+
+
+def mentioned_objects(caption: str, truth: SceneTruth) -> list[tuple[int, int]]:
+    """Position of every noun, and the index of the object it names."""
+    named = [thing.attributes[:3] for thing in truth.objects]
+    mentions, color, material = [], -1, -1
+    for position, word in enumerate(tokenize(caption)):
+        color, material = COLOR_OF.get(word, color), MATERIAL_OF.get(word, material)
+        if word in NOUNS:
+            mentions.append((position, named.index((NOUNS[word], color, material))))
+    return mentions
+
+
+def probe_loss(logits: list[Tensor], classes_MK: Tensor) -> tuple[Tensor, float]:
+    """Mean cross-entropy, and the share of right classes."""
+    columns = classes_MK.unbind(1)
+    pairs = list(zip(logits, columns, strict=True))
+    loss = sum(F.cross_entropy(got, wanted) for got, wanted in pairs) / len(pairs)
+    right = sum((got.argmax(-1) == wanted).float().mean().item() for got, wanted in pairs)
+    return loss, right / len(pairs)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="go on from this folder")
     parser.add_argument("--seconds", type=float, default=900)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -139,20 +198,29 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     encoder = build_encoder(len(tokenizer)).train()
-    probe = SceneProbe(encoder.config.d_model)
+    if args.init:
+        load_t5(encoder, args.init)
+    probe = NounProbe(encoder.config.d_model)
     run = Run([encoder, probe], seconds=args.seconds, peak_lr=args.lr, weight_decay=0.01)
     next_log, recent = 0.0, []
     while run.elapsed < args.seconds:
         first = run.step_index * args.batch_size
         scenes = sample_scenes(torch.arange(first, first + args.batch_size), "train")
-        tokens = tokenizer(captions(scenes), padding=True, return_tensors="pt")
+        written = captions(scenes)
+        tokens = tokenizer(written, padding=True, return_tensors="pt")
         text = encoder(**{k: tokens[k] for k in ("input_ids", "attention_mask")}).last_hidden_state
-        loss, right = probe_loss(probe(text, tokens.attention_mask), probe_targets(scenes))
+        targets = [noun_targets(*pair) for pair in zip(written, truths(scenes), strict=True)]
+        rows = torch.tensor([row for row, nouns in enumerate(targets) for _ in nouns])
+        positions = torch.tensor([position for nouns in targets for position, _ in nouns])
+        classes_MK = torch.tensor([classes for nouns in targets for _, classes in nouns])
+        loss, right = probe_loss(probe(text[rows, positions]), classes_MK)
         run.step(loss)
         recent.append((loss.item(), right))
         if run.elapsed >= next_log:
             next_log = run.elapsed + args.seconds / 60
-            mean_loss, mean_right = (sum(column) / len(recent) for column in zip(*recent, strict=True))
+            mean_loss, mean_right = (
+                sum(column) / len(recent) for column in zip(*recent, strict=True)
+            )
             run.log(run.step_index * args.batch_size, loss=mean_loss, right=mean_right)
             recent = []
             save_text_encoder(run.averaged[0], args.out)

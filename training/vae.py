@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from loop import Run, machine, save_json, save_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from loop import Run, machine, save_json, save_weights
 from var_compressor.evaluation.reader import Reader, match_objects, reader_loss
 from var_compressor.evaluation.scenes import SceneBatch, render, sample_scenes, truths
 from var_compressor.models.bits import quantize_latent
@@ -73,13 +73,16 @@ def reconstruction_loss(
             wanted = reader.feature_maps(image)
         got = reader.feature_maps(decoded)
     feature = sum(
-        F.l1_loss(g.float(), w.float()) / w.float().abs().mean() for g, w in zip(got, wanted, strict=True)
+        F.l1_loss(g.float(), w.float()) / w.float().abs().mean()
+        for g, w in zip(got, wanted, strict=True)
     )
     return pixel, feature / len(wanted), reader_loss(reader(decoded), scenes)
 
 
 @torch.inference_mode()
-def evaluate(model: Autoencoder, judge: Reader, split: str, count: int, device: str) -> dict[str, float]:
+def evaluate(
+    model: Autoencoder, judge: Reader, split: str, count: int, device: str
+) -> dict[str, float]:
     """PSNR and the share of objects whose attributes the judge reads right."""
     objects = right = right_plain = 0
     squared_error = 0.0
@@ -88,7 +91,9 @@ def evaluate(model: Autoencoder, judge: Reader, split: str, count: int, device: 
         image = render(scenes)
         decoded = model(image)[0].clamp(-1, 1)
         squared_error += ((decoded - image) / 2).square().mean((1, 2, 3)).log10().sum().item()
-        for reading, plain, truth in zip(judge.read(decoded), judge.read(image), truths(scenes), strict=True):
+        for reading, plain, truth in zip(
+            judge.read(decoded), judge.read(image), truths(scenes), strict=True
+        ):
             right += match_objects(reading, truth, by_position=True)
             right_plain += match_objects(plain, truth, by_position=True)
             objects += len(truth.objects)
@@ -108,7 +113,9 @@ def wait_for(path: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--reader", type=Path, required=True, help="reader for the loss")
     parser.add_argument("--judge", type=Path, required=True, help="reader for the metrics")
     parser.add_argument("--out", type=Path, required=True)
@@ -156,8 +163,18 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"warm-up (compile) {time.monotonic() - began:.1f} s", flush=True)
-    reader = Reader.load(wait_for(args.reader) / "model.safetensors").to(device).eval().requires_grad_(False)
-    judge = Reader.load(wait_for(args.judge) / "model.safetensors").to(device).eval().requires_grad_(False)
+    reader = (
+        Reader.load(wait_for(args.reader) / "model.safetensors")
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+    )
+    judge = (
+        Reader.load(wait_for(args.judge) / "model.safetensors")
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+    )
     print(f"readers ready after {time.monotonic() - began:.1f} s", flush=True)
 
     run.start()
@@ -165,7 +182,9 @@ def main() -> None:
     while run.elapsed < args.seconds:
         scenes, image = batch(run.step_index)
         decoded, commitment = model(image)
-        pixel, feature, reading = reconstruction_loss(decoded, image, scenes, reader, model.use_bf16)
+        pixel, feature, reading = reconstruction_loss(
+            decoded, image, scenes, reader, model.use_bf16
+        )
         run.step(2 * pixel + 0.5 * feature + 0.05 * reading + 0.25 * commitment)
         if run.elapsed >= next_log:
             next_log = run.elapsed + args.seconds / 40
@@ -191,7 +210,11 @@ def main() -> None:
     save_weights(averaged.vae, args.out / "model.safetensors")
     save_json(config_to_dict(config), args.out / "config.json")
     record = {"metrics": metrics, "machine": machine(), "seed": args.seed, "seconds": run.elapsed}
-    record |= {"images": run.step_index * args.batch_size, "batch_size": args.batch_size, "curve": run.curve}
+    record |= {
+        "images": run.step_index * args.batch_size,
+        "batch_size": args.batch_size,
+        "curve": run.curve,
+    }
     save_json(record, args.out / "metrics.json")
     save_pictures(averaged, args.out / "reconstructions.png", device)
 

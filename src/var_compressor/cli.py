@@ -20,9 +20,12 @@ from var_compressor import __version__
 
 if TYPE_CHECKING:
     import torch
+    from rich.progress import TaskID
 
     from var_compressor.models.convert import WriteOptions
     from var_compressor.models.directory import OnTensor
+    from var_compressor.quant.calibration import Progress
+    from var_compressor.recipe import Recipe
 
 INTERRUPTED = 130
 FAILED = 2
@@ -153,6 +156,188 @@ def _byte_progress(what: str, total_bytes: int) -> Iterator[OnTensor]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total_bytes)
         yield lambda name, num_bytes: progress.advance(task, num_bytes)
+
+
+@app.command()
+def quantize(
+    recipes: Annotated[
+        list[str], typer.Argument(help="Recipe files, then key=value; later ones win.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Artifact directory to write.")] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show the resolved recipe, and stop.")
+    ] = False,
+) -> None:
+    """Compress a model: 4-bit weights and activations with a low-rank branch (SVDQuant).
+
+    Example: varc quantize recipes/model/infinity-tiny.yaml recipes/collect/tiny.yaml
+    recipes/svdquant/int4.yaml --out out/tiny-w4a4
+
+    A run that was cut off goes on when the same command is given again.
+    """
+    recipe = _load_recipe(recipes)
+    if print_config:
+        typer.echo(recipe.to_yaml(), nl=False)
+        return
+    if out is None:
+        raise ValueError("--out is missing; name the directory to write the artifact to")
+    from var_compressor.compress import quantize as run
+
+    with _progress() as on_progress:
+        manifest = run(recipe, out, on_progress=on_progress)
+    typer.echo(f"wrote {out}: transformer {manifest.num_weight_bytes / 2**20:.1f} MiB")
+    typer.echo(f"next: varc calibrate-kv {' '.join(recipes)} --artifact {out}")
+
+
+@app.command("calibrate-kv")
+def calibrate_kv(
+    recipes: Annotated[list[str], typer.Argument(help="Recipe files, then key=value.")],
+    artifact: Annotated[Path, typer.Option("--artifact", help="Artifact to add the result to.")],
+) -> None:
+    """Find the INT8 KV cache's ranges on the compressed model, per head and channel.
+
+    Example: varc calibrate-kv recipes/model/infinity-tiny.yaml recipes/collect/tiny.yaml
+    --artifact out/tiny-w4a4
+    """
+    from var_compressor.compress import calibrate_cache
+
+    with _progress() as on_progress:
+        manifest = calibrate_cache(_load_recipe(recipes), artifact, on_progress=on_progress)
+    assert manifest.kv is not None
+    worst = min(manifest.kv["layers"], key=lambda layer: min(layer["k_snr_db"], layer["v_snr_db"]))
+    typer.echo(
+        f"wrote {artifact}/kv_cache.safetensors; worst layer {worst['layer']}: "
+        f"K {worst['k_snr_db']:.1f} dB, V {worst['v_snr_db']:.1f} dB"
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    out: Annotated[Path, typer.Option("--out", help="PNG to write; with more prompts, x-0.png …")],
+    model: Annotated[
+        str, typer.Option(help="infinity-tiny, a model directory, an artifact, or a hub id.")
+    ] = "infinity-tiny",
+    seed: Annotated[int, typer.Option(help="Seed of the first image; the next gets seed + 1.")] = 0,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
+    cfg: Annotated[float, typer.Option(help="Guidance; 1 is off.")] = 3.0,
+    tau: Annotated[float, typer.Option(help="Temperature.")] = 0.5,
+    top_p: Annotated[float, typer.Option(help="0 keeps every bit value.")] = 0.97,
+    aspect_ratio: Annotated[float, typer.Option(help="Height / width; nearest is taken.")] = 1.0,
+    pixel_budget: Annotated[str | None, typer.Option(help="0.06M, 0.25M, 0.60M or 1M.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+) -> None:
+    """Draw images, with a full-precision model or an artifact.
+
+    Example: varc generate "a large red metal cube on a wooden floor." --seed 0 --out cube.png
+    """
+    from var_compressor.compress import choose_device, choose_dtype
+    from var_compressor.evaluation.images import write_png
+    from var_compressor.models.sampling import Sampling
+    from var_compressor.pipeline import InfinityPipeline
+
+    chosen = choose_device(device)
+    pipeline = InfinityPipeline.from_pretrained(
+        model, dtype=choose_dtype(dtype, chosen), device=chosen
+    )
+    with _progress() as on_progress:
+        generation = pipeline.generate(
+            prompt,
+            seed=seed,
+            sampling=Sampling(cfg=cfg, tau=tau, top_p=top_p),
+            negative=None if negative is None else [negative] * len(prompt),
+            aspect_ratio=aspect_ratio,
+            pixel_budget=pixel_budget,
+            on_level=lambda level, latent: on_progress("level", level.index + 1, 0),
+        )
+    for i, image in enumerate(generation.pil):
+        path = out if len(prompt) == 1 else out.with_stem(f"{out.stem}-{i}")
+        settings = {"prompt": prompt[i], "model": model, "seed": seed + i, "cfg": cfg, "tau": tau}
+        settings |= {"top_p": top_p, "negative": negative, "aspect_ratio": aspect_ratio}
+        write_png(image, path, settings)
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Directory for the artifact and page.")] = Path(
+        "out/demo"
+    ),
+    num_prompts: Annotated[int, typer.Option(help="Images drawn by each model.")] = 24,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value on top of the demo's recipe.")
+    ] = None,
+) -> None:
+    """Compress Infinity-Tiny, draw the same prompts with both models, and compare them."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from var_compressor.evaluation.demo import (
+        run_demo,
+        table_rows,
+        write_grid,
+        write_json,
+        write_page,
+    )
+    from var_compressor.models.sampling import Sampling
+
+    recipe = _load_recipe(
+        [
+            "recipes/model/infinity-tiny.yaml",
+            "recipes/collect/tiny.yaml",
+            "recipes/svdquant/int4.yaml",
+            *(overrides or []),
+        ]
+    )
+    collect = recipe.collect
+    sampling = Sampling(cfg=collect.cfg, tau=collect.tau, top_k=collect.top_k, top_p=collect.top_p)
+    with _progress() as on_progress:
+        result = run_demo(
+            recipe,
+            out,
+            num_prompts=num_prompts,
+            seed=seed,
+            sampling=sampling,
+            on_progress=on_progress,
+        )
+    write_page(result, out / "index.html")
+    write_grid(result, out / "grid.png", columns=min(8, num_prompts))
+    write_json(result, out / "result.json")
+    table = Table("Infinity-Tiny", "full precision", "compressed")
+    for row in table_rows(result):
+        table.add_row(*row)
+    Console().print(table)
+    typer.echo(f"page: {out / 'index.html'}")
+    typer.echo(json.dumps(result.to_dict()))
+
+
+def _load_recipe(words: list[str]) -> Recipe:
+    from var_compressor.recipe import load_recipe, split_arguments
+
+    return load_recipe(*split_arguments(words))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar per stage on stderr, with the time left; `on_progress(stage, done, total)` moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total or None)
+            bars.update(tasks[stage], completed=done)
+
+        yield on_progress
 
 
 @app.command()

@@ -10,7 +10,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from var_compressor.layers.kv_cache import LevelCache, PlainCache
+from var_compressor.artifact import (
+    KV_FILE,
+    ArtifactError,
+    is_artifact,
+    read_manifest,
+    read_tensors,
+    sha256_of,
+    verify_files,
+)
+from var_compressor.layers.kv_cache import (
+    Int8Cache,
+    KVParams,
+    LevelCache,
+    PlainCache,
+    params_from_tensors,
+)
+from var_compressor.layers.linear import load_compressed
 from var_compressor.models import directory
 from var_compressor.models.bits import Pyramid, teacher_inputs
 from var_compressor.models.checkpoint import (
@@ -43,17 +59,32 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """Images and how they came about.
+class Drawn:
+    """What the transformer drew: ``latent_BDYX`` float32, and the bytes its KV cache took."""
 
-    ``image_B3YX`` float32 in [-1, 1]; ``latent_BDYX`` float32, what the VAE decoded; ``kv_bytes``
-    allocated for the KV cache.
-    """
-
-    image_B3YX: Tensor
     latent_BDYX: Tensor
     kv_bytes: int
     trace: Trace
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Images, ``image_B3YX`` float32 in [-1, 1], and what they were decoded from."""
+
+    image_B3YX: Tensor
+    drawn: Drawn
+
+    @property
+    def latent_BDYX(self) -> Tensor:
+        return self.drawn.latent_BDYX
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.drawn.kv_bytes
+
+    @property
+    def trace(self) -> Trace:
+        return self.drawn.trace
 
     @property
     def uint8_BYX3(self) -> Tensor:
@@ -79,6 +110,7 @@ class InfinityPipeline:
         self.transformer = transformer
         self.vae = vae
         self.text_encoder = text_encoder
+        self.kv_params: tuple[KVParams, ...] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +133,10 @@ class InfinityPipeline:
         ``text_encoder_cache`` is a folder that keeps prompts' features.
         Raises: CheckpointError (a ValueError) naming the file that is missing or does not fit.
         """
+        if is_artifact(source):
+            return cls._from_artifact(
+                Path(source), dtype=dtype, device=device, text_encoder_cache=text_encoder_cache
+            )
         folder = directory.resolve(source)
         index = directory.read_index(folder)
         if not index.has_vae:
@@ -109,8 +145,47 @@ class InfinityPipeline:
                 "models.directory.load_transformer, or write it again with one"
             )
         transformer = directory.load_transformer(folder, dtype=dtype, device=device)
+        return cls._around(transformer, folder, dtype, device, text_encoder_cache)
+
+    @classmethod
+    def _from_artifact(
+        cls,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        text_encoder_cache: str | Path | None,
+    ) -> InfinityPipeline:
+        manifest = read_manifest(folder)
+        verify_files(folder, manifest)
+        base = directory.resolve(manifest.base["source"])
+        for name, expected in manifest.base["vae"].items():
+            path = base / "vae" / name
+            if not path.is_file() or sha256_of(path) != expected:
+                raise ArtifactError(
+                    f"{path}: is not the VAE that {folder} was made with; restore the base model "
+                    f"{manifest.base['source']}"
+                )
+        transformer = load_compressed(folder, manifest, dtype=dtype, device=device)
+        pipeline = cls._around(transformer, base, dtype, device, text_encoder_cache)
+        if manifest.kv is not None:
+            tensors = read_tensors(folder / KV_FILE, str(device))
+            where = str(folder / KV_FILE)
+            pipeline.kv_params = params_from_tensors(tensors, transformer.config, where)
+        return pipeline
+
+    @classmethod
+    def _around(
+        cls,
+        transformer: Infinity,
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        text_encoder_cache: str | Path | None,
+    ) -> InfinityPipeline:
+        """A pipeline with the VAE and the text encoder of a model directory."""
         vae = directory.load_vae(folder, dtype=dtype, device=device)
-        t5 = directory.text_encoder_folders(folder, index)
+        t5 = directory.text_encoder_folders(folder, directory.read_index(folder))
         if t5 is None:
             return cls(transformer, vae, None)
         text_encoder = TextEncoder(
@@ -210,16 +285,43 @@ class InfinityPipeline:
         levels (the noise is drawn all the same). ``on_level(level, latent)`` sees the latent after
         each level.
         """
-        config = self.transformer.config
-        schedule = Schedule.of(aspect_ratio, pixel_budget or config.pixel_budget)
-        guidance = sampling.guidance(schedule, config.depth)
-        taus, levels = sampling.temperatures(schedule), sampling.levels(schedule)
-
+        schedule = self.schedule_for(aspect_ratio, pixel_budget)
         text = self.encode(prompts)
-        generators = seeded_generators(seed, len(text.lens))
-        context = self.embed_text(text, negative, guided=guidance.is_on)
+        unconditional = None if negative is None else self.encode(negative)
         if text_encoder == "release" and self.text_encoder is not None:
             self.text_encoder.release()
+        drawn = self.draw(
+            text,
+            schedule,
+            seed=seed,
+            sampling=sampling,
+            negative=unconditional,
+            forced_bits=forced_bits,
+            with_trace=with_trace,
+            on_level=on_level,
+        )
+        image = self.vae.decode(drawn.latent_BDYX, strip_rows=vae_strip_rows)
+        return Generation(image, drawn)
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        text: TextFeatures,
+        schedule: Schedule,
+        *,
+        seed: int | Sequence[int],
+        sampling: Sampling,
+        negative: TextFeatures | None = None,
+        forced_bits: Sequence[Tensor] = (),
+        with_trace: bool = False,
+        on_level: OnLevel | None = None,
+    ) -> Drawn:
+        """The bits of one image per row of ``text``, level by level; see ``generate``."""
+        config = self.transformer.config
+        guidance = sampling.guidance(schedule, config.depth)
+        taus, levels = sampling.temperatures(schedule), sampling.levels(schedule)
+        generators = seeded_generators(seed, len(text.lens))
+        context = self.embed_text(text, negative, guided=guidance.is_on)
         cache = self.new_cache(schedule, rows=len(context.cond_RC))
         pyramid = self.new_pyramid(schedule, batch=context.num_images)
         rope = self.transformer.rotary_table(schedule)
@@ -242,10 +344,11 @@ class InfinityPipeline:
             if level is not levels[-1]:
                 tokens_BLQ = pyramid.tokens_for(schedule.after(level))
                 x_RLC = self.transformer.embed_bits(tokens_BLQ, context)
-        kv_bytes = cache.num_bytes
-        del cache, context
-        image = self.vae.decode(pyramid.latent_BDYX, strip_rows=vae_strip_rows)
-        return Generation(image, pyramid.latent_BDYX, kv_bytes, trace)
+        return Drawn(pyramid.latent_BDYX, cache.num_bytes, trace)
+
+    def schedule_for(self, aspect_ratio: float, pixel_budget: str | None) -> Schedule:
+        """The schedule nearest to ``aspect_ratio``; the model's own pixel budget for None."""
+        return Schedule.of(aspect_ratio, pixel_budget or self.transformer.config.pixel_budget)
 
     @torch.inference_mode()
     def teacher_logits(
@@ -262,10 +365,11 @@ class InfinityPipeline:
 
         Equal to generating with ``forced_bits=bits`` at tau 1.
         """
-        schedule = Schedule.of(aspect_ratio, pixel_budget or self.transformer.config.pixel_budget)
+        schedule = self.schedule_for(aspect_ratio, pixel_budget)
         if len(bits) != len(schedule.levels):
             raise ValueError(f"{len(bits)} levels of bits, the schedule has {len(schedule.levels)}")
-        context = self.embed_text(self.encode(prompts), negative, guided=cfg != 1)
+        unconditional = None if negative is None else self.encode(negative)
+        context = self.embed_text(self.encode(prompts), unconditional, guided=cfg != 1)
         pyramid = self.new_pyramid(schedule, batch=context.num_images)
         tokens_BLQ = teacher_inputs([one.to(self.device) for one in bits], pyramid)
         x_RLC = torch.cat(
@@ -290,17 +394,17 @@ class InfinityPipeline:
         features = self.text_encoder.encode(prompts)
         return TextFeatures(features.packed_TE.to(self.device), features.lens)
 
-    def embed_text(self, text: TextFeatures, negative: Text | None, *, guided: bool) -> TextContext:
+    def embed_text(
+        self, text: TextFeatures, negative: TextFeatures | None, *, guided: bool
+    ) -> TextContext:
+        """Conditional rows, then unconditional ones if ``guided``."""
         if not guided:
             return self.transformer.embed_text(text, None)
         if negative is None:
-            return self.transformer.embed_text(text, self.transformer.unconditional_text(text))
-        unconditional = self.encode(negative)
-        if len(unconditional.lens) != len(text.lens):
-            raise ValueError(
-                f"{len(unconditional.lens)} negative prompts for {len(text.lens)} prompts"
-            )
-        return self.transformer.embed_text(text, unconditional)
+            negative = self.transformer.unconditional_text(text)
+        if len(negative.lens) != len(text.lens):
+            raise ValueError(f"{len(negative.lens)} negative prompts for {len(text.lens)} prompts")
+        return self.transformer.embed_text(text, negative)
 
     def guided_logits(self, h_RLC: Tensor, context: TextContext, cfg: float) -> Tensor:
         """Logits ``[B, L, Q, 2]``; both guidance rows are combined unless cfg is 1."""
@@ -310,14 +414,12 @@ class InfinityPipeline:
         return combine(self.transformer.head(h_RLC, context.cond_RC), cfg)
 
     def new_cache(self, schedule: Schedule, *, rows: int) -> LevelCache:
-        dtype = self.transformer.blocks[0].dtype
-        return PlainCache(
-            self.transformer.config,
-            schedule,
-            rows=rows,
-            dtype=dtype,  # type: ignore[arg-type]
-            device=self.device,
-        )
+        """A KV cache of the pipeline's format: int8 where parameters are there, else 16/32 bit."""
+        config = self.transformer.config
+        if self.kv_params is not None:
+            return Int8Cache(config, schedule, self.kv_params, rows=rows, device=self.device)
+        dtype = self.transformer.block_dtype
+        return PlainCache(config, schedule, rows=rows, dtype=dtype, device=self.device)
 
     def new_pyramid(self, schedule: Schedule, *, batch: int) -> Pyramid:
         return Pyramid(

@@ -96,7 +96,7 @@ class KVSpec:
     `shared_percentile` uses one clipping percentile per tensor, `per_channel` one per channel.
     """
 
-    format: Literal["bf16", "int8", "int4"] = "int8"
+    format: Literal["bf16", "int8"] = "int8"
     mode: Literal["per_channel", "shared_percentile"] = "per_channel"
 
 

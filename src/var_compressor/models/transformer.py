@@ -63,13 +63,14 @@ class TextFeatures:
 class TextContext:
     """What the transformer needs of the text, computed once per image.
 
-    ``cond_RC`` pooled text; ``ada_R16C`` shared modulation; ``cross_kv`` per block the keys and
-    values ``[R, H, T, D]``; ``mask_R11T`` marks real text tokens (None if no row is padded);
+    ``cond_RC`` pooled text; ``ada_R16C`` shared modulation; ``text_RTC`` what cross-attention reads,
+    and ``cross_kv`` its keys and values per block, ``[R, H, T, D]``; ``mask_R11T`` marks real text tokens (None if no row is padded);
     ``num_images`` rows are conditional, any further ones are their unconditional twins.
     """
 
     cond_RC: Tensor
     ada_R16C: Tensor
+    text_RTC: Tensor
     cross_kv: tuple[tuple[Tensor, Tensor], ...]
     mask_R11T: Tensor | None
     num_images: int
@@ -277,6 +278,11 @@ class Infinity(nn.Module):
         self.blocks.to(dtype)
         return self
 
+    @property
+    def block_dtype(self) -> torch.dtype:
+        """The dtype that block linears and attention run in."""
+        return self.blocks[0].dtype  # type: ignore[return-value]
+
     def unconditional_text(self, text: TextFeatures) -> TextFeatures:
         """The learned unconditional features, as long as each prompt."""
         if max(text.lens) > len(self.uncond_text):
@@ -308,7 +314,7 @@ class Infinity(nn.Module):
             block.cross_attn.keys_values(text_RTC.to(block.dtype))  # type: ignore[union-attr, operator]
             for block in self.blocks
         )
-        return TextContext(cond_RC, ada_R16C, cross_kv, mask_R11T, num_images)
+        return TextContext(cond_RC, ada_R16C, text_RTC, cross_kv, mask_R11T, num_images)
 
     def start_token(self, context: TextContext) -> Tensor:
         """Input of level 0: ``[R, 1, C]``."""
@@ -318,6 +324,13 @@ class Infinity(nn.Module):
         """Input of a later level from the accumulated latent; same tokens for every row."""
         repeats = len(context.cond_RC) // len(tokens_BLQ)
         return self.bit_embed(tokens_BLQ).repeat(repeats, 1, 1)
+
+    def add_level_embedding(self, x_RLC: Tensor, levels: Sequence[Level]) -> Tensor:
+        """Tell every token which level it belongs to; the last step before the first block."""
+        level_of_token = torch.cat(
+            [torch.full((lv.num_tokens,), lv.index, device=x_RLC.device) for lv in levels]
+        )
+        return x_RLC + self.level_embed(level_of_token)
 
     def forward(
         self,
@@ -332,10 +345,7 @@ class Infinity(nn.Module):
 
         Inner guidance layers need one level at a time.
         """
-        level_of_token = torch.cat(
-            [torch.full((lv.num_tokens,), lv.index, device=x_RLC.device) for lv in levels]
-        )
-        x_RLC = x_RLC + self.level_embed(level_of_token)
+        x_RLC = self.add_level_embedding(x_RLC, levels)
         rope_2LD = rope_2LD[:, levels[0].offset : levels[-1].end]
         for layer, block in enumerate(self.blocks):
             x_RLC = block(x_RLC, context, rope_2LD, cache, layer, levels)

@@ -1,0 +1,115 @@
+"""The commands that make an artifact: from a resolved recipe to `quantize` and `calibrate-kv`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from var_compressor.artifact import Manifest, put_kv, read_manifest
+from var_compressor.layers.kv_cache import params_to_tensors
+from var_compressor.models.sampling import Sampling
+from var_compressor.pipeline import InfinityPipeline
+from var_compressor.prompts import load_prompts, select_prompts
+from var_compressor.quant.calibration import Progress
+from var_compressor.quant.ptq import Collection, calibrate_kv, quantize_model
+from var_compressor.recipe import CollectSpec, ModelSource, Recipe
+from var_compressor.spec import KVSpec
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one.
+
+    Raises: ValueError for a device that torch does not know or that is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown; use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: torch sees no GPU here; use cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is slower."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def open_pipeline(source: ModelSource) -> InfinityPipeline:
+    """The full-precision model of a recipe."""
+    device = choose_device(source.device)
+    dtype = choose_dtype(source.dtype, device)
+    if source.vae_path is not None:
+        if source.path is None:
+            raise ValueError("model.vae_path is set without model.path; give both, or convert them")
+        return InfinityPipeline.from_official(
+            source.name,
+            transformer=source.path,
+            vae=source.vae_path,
+            text_encoder=source.text_encoder_path,
+            dtype=dtype,
+            device=device,
+        )
+    return InfinityPipeline.from_pretrained(source.path or source.name, dtype=dtype, device=device)
+
+
+def collection_of(collect: CollectSpec) -> Collection:
+    """The calibration prompts and how their images are drawn."""
+    prompts = select_prompts(
+        load_prompts(collect.prompts), num_prompts=collect.num_prompts, seed=collect.seed
+    )
+    sampling = Sampling(cfg=collect.cfg, tau=collect.tau, top_k=collect.top_k, top_p=collect.top_p)
+    return Collection(prompts, collect.seed, sampling, collect.aspect_ratio, collect.pixel_budget)
+
+
+def quantize(recipe: Recipe, out: Path, *, on_progress: Progress) -> Manifest:
+    """Compress the recipe's model into ``out``.
+
+    Raises: ValueError for official files, whose VAE an artifact could not refer to.
+    """
+    if recipe.model.vae_path is not None:
+        raise ValueError(
+            "model.vae_path: an artifact refers to a model directory; make one of these files "
+            "with `varc convert` and set model.path to it"
+        )
+    return quantize_model(
+        open_pipeline(recipe.model),
+        collection_of(recipe.collect),
+        recipe.quant,
+        base=recipe.model.path or recipe.model.name,
+        out=out,
+        on_progress=on_progress,
+    )
+
+
+def calibrate_cache(recipe: Recipe, artifact: Path, *, on_progress: Progress) -> Manifest:
+    """Find the KV cache's parameters on the compressed model, and add them to its artifact."""
+    manifest = read_manifest(artifact)
+    source = replace(recipe.model, path=str(artifact), vae_path=None)
+    pipeline = open_pipeline(source)
+    pipeline.kv_params = None
+    collection, spec = collection_of(recipe.collect), recipe.quant.kv
+    check_kv(spec, artifact)
+    params, layers = calibrate_kv(pipeline, collection, spec, on_progress=on_progress)
+    kv = {
+        "format": spec.format,
+        "mode": spec.mode,
+        "calibration": collection.to_dict(),
+        "layers": layers,
+    }
+    assert len(params) == manifest.config["depth"]
+    return put_kv(artifact, params_to_tensors(params), kv)
+
+
+def check_kv(spec: KVSpec, artifact: Path) -> None:
+    if spec.format != "int8":
+        raise ValueError(
+            f"quant.kv.format is {spec.format}, which needs no calibration; {artifact} uses a "
+            "16-bit cache until `varc calibrate-kv` adds int8 parameters"
+        )
