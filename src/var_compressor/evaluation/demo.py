@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from var_compressor.artifact import read_manifest, write_atomically
+from var_compressor.artifact import is_artifact, write_atomically
 from var_compressor.compress import calibrate_cache, open_pipeline, quantize
 from var_compressor.evaluation.agreement import BitAgreement, bit_agreement, psnr_db, ssim
 from var_compressor.evaluation.reader import CaptionScore, Reader, caption_accuracy, score_caption
 from var_compressor.evaluation.scenes import captions, sample_scenes, truths
+from var_compressor.models.directory import meta_transformer
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.schedule import Schedule
 from var_compressor.pipeline import Drawn, InfinityPipeline
@@ -35,7 +37,10 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One model's share of the table; bytes are of the transformer and of its KV cache."""
+    """One model's share of the table; bytes are of the transformer and of its KV cache.
+
+    Full precision counts as a bf16 pipeline holds it, also where a CPU runs it in float32.
+    """
 
     transformer_bytes: int
     kv_bytes_per_image: int
@@ -80,15 +85,15 @@ def run_demo(
     sampling: Sampling,
     on_progress: Progress,
 ) -> DemoResult:
-    """Compress into ``out/artifact`` (continued or reused if it is there), draw, read, compare."""
+    """Compress into ``out/artifact``, draw, read, compare; an earlier demo's artifact is replaced."""
     artifact, seconds = out / "artifact", {}
+    if is_artifact(artifact):
+        shutil.rmtree(artifact)
     began = perf_counter()
-    if not (artifact / "manifest.json").exists():
-        quantize(recipe, artifact, on_progress=on_progress)
+    quantize(recipe, artifact, on_progress=on_progress)
     seconds["quantize"] = perf_counter() - began
     began = perf_counter()
-    if read_manifest(artifact).kv is None:
-        calibrate_cache(recipe, artifact, on_progress=on_progress)
+    calibrate_cache(recipe, artifact, on_progress=on_progress)
     seconds["calibrate_kv"] = perf_counter() - began
 
     scenes = sample_scenes(torch.arange(num_prompts), "validation")
@@ -107,17 +112,20 @@ def run_demo(
     agreement = _agreement(full, compressed, texts, [one for one, _ in runs[0][1]], sampling)
     images, compressed_images = runs[0][2], runs[1][2]
     similarity = ssim(compressed_images, images)
-    results = [_result(*run) for run in runs]
-    seconds["generate"] = sum(result.seconds_per_image * num_prompts for result in results)
+    full_result, compressed_result = (_result(*run) for run in runs)
+    seconds["generate"] = num_prompts * (
+        full_result.seconds_per_image + compressed_result.seconds_per_image
+    )
     return DemoResult(
-        texts,
-        *results,
-        agreement,
-        psnr_db(compressed_images, images).tolist(),
-        None if similarity is None else similarity.tolist(),
-        images,
-        compressed_images,
-        seconds,
+        captions=texts,
+        full=full_result,
+        compressed=compressed_result,
+        agreement=agreement,
+        psnr_db=psnr_db(compressed_images, images).tolist(),
+        ssim=None if similarity is None else similarity.tolist(),
+        full_images=images,
+        compressed_images=compressed_images,
+        seconds=seconds,
     )
 
 
@@ -155,18 +163,24 @@ def _result(
 ) -> ModelResult:
     accuracy = caption_accuracy(scores)
     first = drawn[0][0]
+    kv_bytes = first.kv_bytes // len(first.latent_BDYX)
+    if pipeline.kv_params is None:
+        kv_bytes = kv_bytes * 2 // pipeline.transformer.block_dtype.itemsize
     return ModelResult(
-        transformer_bytes=num_bytes(pipeline.transformer),
-        kv_bytes_per_image=first.kv_bytes // len(first.latent_BDYX),
+        transformer_bytes=transformer_bytes(pipeline),
+        kv_bytes_per_image=kv_bytes,
         seconds_per_image=sum(seconds for _, seconds in drawn) / len(images),
         objects_right=accuracy.objects,
         captions_right=accuracy.captions,
     )
 
 
-def num_bytes(module: torch.nn.Module) -> int:
-    """Bytes of all tensors of a module as they are in memory."""
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
+def transformer_bytes(pipeline: InfinityPipeline) -> int:
+    """Bytes of the transformer's tensors; a full-precision one counts as a bf16 pipeline holds it."""
+    model = pipeline.transformer
+    if pipeline.kv_params is None:
+        model = meta_transformer(model.config, torch.bfloat16)
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def _agreement(
@@ -231,7 +245,8 @@ def write_page(result: DemoResult, path: Path) -> None:
     cards = "\n".join(
         f"<figure><div><img alt='full precision' src='{_data_url(full)}'>"
         f"<img alt='compressed' src='{_data_url(small)}'></div>"
-        f"<figcaption>{html.escape(text)}<br><small>PSNR {psnr:.1f} dB</small></figcaption></figure>"
+        f"<figcaption>{html.escape(text)}<br><small>PSNR {psnr:.1f} dB</small></figcaption>"
+        "</figure>"
         for text, full, small, psnr in zip(
             result.captions,
             result.full_images,

@@ -79,9 +79,10 @@ class PlainCache(LevelCache):
 
 @dataclass(frozen=True)
 class KVParams:
-    """Affine parameters of one layer's cache, per head and channel: x = (code - zero_point) * scale.
+    """Affine parameters of one layer's cache, per head and channel.
 
-    Scales float32 ``[H, D]``, positive; zero points int32 ``[H, D]``, not confined to the codes.
+    A code stands for x = (code - zero_point) * scale. Scales are float32 ``[H, D]``, positive; zero
+    points int32 ``[H, D]``, not confined to the range of the codes.
     """
 
     k_scale_HD: Tensor

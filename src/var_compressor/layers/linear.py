@@ -98,7 +98,8 @@ def check_runnable(spec: LinearSpec) -> None:
     if (weight, act) not in runnable:
         pairs = ", ".join(f"{w} x {a or '16 bits'}" for w, a in sorted(runnable, key=str))
         raise ValueError(
-            f"weight format {weight} with input format {act or '16 bits'} has no op yet; use {pairs}"
+            f"weight format {weight} with input format {act or '16 bits'} has no op yet; "
+            f"use {pairs}"
         )
     if weight == "sint8" and (spec.weight.group_size, spec.act.group_size) != (WHOLE_ROW,) * 2:
         raise ValueError(

@@ -63,9 +63,10 @@ class TextFeatures:
 class TextContext:
     """What the transformer needs of the text, computed once per image.
 
-    ``cond_RC`` pooled text; ``ada_R16C`` shared modulation; ``text_RTC`` what cross-attention reads,
-    and ``cross_kv`` its keys and values per block, ``[R, H, T, D]``; ``mask_R11T`` marks real text tokens (None if no row is padded);
-    ``num_images`` rows are conditional, any further ones are their unconditional twins.
+    ``cond_RC`` pooled text; ``ada_R16C`` shared modulation; ``text_RTC`` what cross-attention
+    reads, and ``cross_kv`` its keys and values per block, ``[R, H, T, D]``; ``mask_R11T`` marks
+    real text tokens (None if no row is padded); ``num_images`` rows are conditional, any further
+    ones are their unconditional twins.
     """
 
     cond_RC: Tensor
