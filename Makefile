@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TORCH := 2.13.0
 PYTEST_WORKERS ?= 2
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check bench setup clean
 
@@ -13,7 +12,7 @@ demo: setup
 	$(BIN)/varc demo
 
 test: setup
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tiny import random_text, tiny_config, tiny_pipeline
+from tiny import make_t5, random_text, tiny_config, tiny_pipeline
 from var_compressor.cli import app
 from var_compressor.models.checkpoint import (
     CheckpointError,
@@ -466,17 +466,11 @@ def test_inspect_tells_the_kinds_apart(tmp_path):
     assert sum(part.num_bytes for part in parts) == sum(t.nbytes for t in model.parameters())
 
 
-def test_inspect_shows_an_artifact_and_refuses_the_unknown(tmp_path):
-    artifact = tmp_path / "artifact"
-    artifact.mkdir()
-    save_file({"a": torch.zeros(4, dtype=torch.int8)}, artifact / "weights.safetensors")
-    manifest = {"format": "var-compressor", "seed": 3}
-    (artifact / "manifest.json").write_text(json.dumps(manifest))
-    found = inspect_path(artifact, with_hashes=False)
-    assert found.kind == "artifact" and found.provenance == manifest
-    assert [(part.num_bytes, part.dtypes) for part in found.parts] == [(4, ("int8",))]
+def test_inspect_refuses_the_unknown(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(4, dtype=torch.int8)}, path)
     with pytest.raises(CheckpointError, match="no model known here"):
-        inspect_path(artifact / "weights.safetensors", with_hashes=False)
+        inspect_path(path, with_hashes=False)
 
 
 def test_the_commands(tmp_path, monkeypatch):
@@ -501,25 +495,6 @@ def test_the_commands(tmp_path, monkeypatch):
 
 
 # --- with a text encoder -------------------------------------------------------------------------
-
-
-def make_t5(folder: Path) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=12, d_model=128, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
-    T5EncoderModel(config).save_pretrained(folder)
-    words = ["<pad>", "</s>", "<unk>", "a", "red", "cat"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-    fast.save_pretrained(folder)
-    return folder
 
 
 def test_a_copied_text_encoder_travels_and_a_referred_one_stays(tmp_path):

@@ -20,7 +20,8 @@ from var_compressor.evaluation.reader import (
     reader_loss,
     score_caption,
 )
-from var_compressor.evaluation.scenes import BACKGROUNDS, render, sample_scenes, truths
+from var_compressor.evaluation.rendering import render
+from var_compressor.evaluation.scenes import BACKGROUNDS, sample_scenes, truths
 
 TINY = ReaderConfig(widths=(8, 16, 24, 32), num_blocks=1)
 

@@ -17,12 +17,24 @@ from safetensors.torch import load_file
 from var_compressor.models.config import InfinityConfig, ModelConfig, VAEConfig
 from var_compressor.models.directory import meta_transformer, meta_vae
 from var_compressor.models.random_init import random_tensors
+from var_compressor.models.sampling import Sampling
+from var_compressor.models.text_encoder import TextEncoder
 from var_compressor.models.transformer import TextFeatures
 from var_compressor.pipeline import InfinityPipeline
+from var_compressor.quant.ptq import Collection
+from var_compressor.spec import CalibrationSpec, LowRankSpec, QuantSpec, SmoothSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFESTS = GOLDEN / "manifests"
 TEXT_CHANNELS = 128
+
+# the shortest search that still does every step
+QUICK_SPEC = QuantSpec(
+    low_rank=LowRankSpec(rank=8, max_iters=2),
+    smooth=SmoothSpec(num_grids=3),
+    calibration=CalibrationSpec(max_tokens_per_level=64),
+)
+COLLECTION = Collection({"0": "a red cat", "1": "a cat"}, 3, Sampling(cfg=2.0, tau=0.7))
 
 
 def tiny_config(*, patchify: bool = False, num_chunks: int = 3) -> ModelConfig:
@@ -63,6 +75,35 @@ def tiny_pipeline(
 def random_text(lens: Sequence[int], *, seed: int = 0) -> TextFeatures:
     generator = torch.Generator().manual_seed(seed)
     return TextFeatures(torch.randn(sum(lens), TEXT_CHANNELS, generator=generator), tuple(lens))
+
+
+def make_t5(folder: Path) -> Path:
+    """A random T5 encoder and a tokenizer that knows three words, in one Hugging Face folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=12, d_model=128, d_kv=16, d_ff=32, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(folder)
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "cat"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def make_model(folder: Path) -> Path:
+    """A model directory with a random transformer, VAE and text encoder."""
+    t5 = make_t5(folder.with_name(f"{folder.name}-t5"))
+    pipeline = tiny_pipeline()
+    pipeline.text_encoder = TextEncoder(t5, t5, max_length=16, dtype=torch.float32, device="cpu")
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 def golden_config(case: str) -> tuple[ModelConfig, dict[str, Any]]:

@@ -24,6 +24,8 @@ from var_compressor.models.directory import (
     write_text_encoder,
 )
 
+CARD = ("README.md", "samples.jpg")  # written by hand; a new model must not erase them
+
 
 def bf16_tensors(folder: Path, pattern: str) -> list[tuple[str, torch.Tensor]]:
     state: dict[str, torch.Tensor] = {}
@@ -32,40 +34,45 @@ def bf16_tensors(folder: Path, pattern: str) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor.bfloat16()) for name, tensor in state.items()]
 
 
+def provenance(vae: Path, transformer: Path) -> dict[str, object]:
+    """What the records of training say about the parts on test scenes."""
+    vae_record, transformer_record = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (vae, transformer)
+    )
+    return {
+        "trained_by": "training/README.md",
+        "vae_test": vae_record["metrics"]["test"],
+        "transformer_test": transformer_record["test"],
+    }
+
+
+def assemble(*, vae: Path, transformer: Path, reader: Path, out: Path) -> None:
+    """Write the model directory ``out``; one that is there is replaced, its model card kept."""
+    config = MODELS["infinity-tiny"]
+    components = (
+        ("transformer", config.transformer, bf16_tensors(transformer, "transformer*.safetensors")),
+        ("vae", config.vae, bf16_tensors(vae, "model*.safetensors")),
+    )
+    with new_directory(out, overwrite=True) as folder:
+        for name, part, tensors in components:
+            write_component(folder / name, part, tensors, max_shard_bytes=MAX_FILE_BYTES)
+        write_text_encoder(
+            folder, str(transformer / "text_encoder"), str(transformer / "tokenizer")
+        )
+        shutil.copytree(reader, folder / "reader")
+        for name in CARD:
+            if (out / name).is_file():
+                shutil.copyfile(out / name, folder / name)
+        write_index(folder, ModelIndex(True, "", provenance(vae, transformer)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--transformer", type=Path, required=True)
-    parser.add_argument("--reader", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    config = MODELS["infinity-tiny"]
-    metrics = {
-        part: json.loads((folder / "metrics.json").read_text())
-        for part, folder in (("vae", args.vae), ("transformer", args.transformer))
-    }
-    provenance = {
-        "trained_by": "training/README.md",
-        "vae_test": metrics["vae"]["metrics"]["test"],
-        "transformer_test": metrics["transformer"]["test"],
-    }
-    with new_directory(args.out, overwrite=True) as folder:
-        for name, part_config, tensors in (
-            (
-                "transformer",
-                config.transformer,
-                bf16_tensors(args.transformer, "transformer*.safetensors"),
-            ),
-            ("vae", config.vae, bf16_tensors(args.vae, "model*.safetensors")),
-        ):
-            write_component(folder / name, part_config, tensors, max_shard_bytes=MAX_FILE_BYTES)
-        write_text_encoder(
-            folder, str(args.transformer / "text_encoder"), str(args.transformer / "tokenizer")
-        )
-        shutil.copytree(args.reader, folder / "reader")
-        write_index(folder, ModelIndex(True, "", provenance))
+    for name in ("vae", "transformer", "reader", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    assemble(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the training scripts share: a run that is measured in seconds, averaged weights, curves."""
+"""What the training scripts share: a run that is measured in seconds, averaged weights, files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -91,7 +92,7 @@ class Run:
 
 
 def machine() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {"device": device, "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -118,3 +119,13 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 def save_json(values: dict, path: Path) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def save_grid(images_B3YX: Tensor, path: Path) -> None:
+    """Eight images a row, as PNG."""
+    columns = min(8, len(images_B3YX))
+    images_B3YX = images_B3YX[: len(images_B3YX) // columns * columns]
+    grid = (
+        images_B3YX.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    )
+    Image.fromarray(((grid + 1) * 127.5).round().to(torch.uint8).cpu().numpy()).save(path)

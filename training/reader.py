@@ -33,11 +33,11 @@ from var_compressor.evaluation.reader import (
     reader_loss,
     score_caption,
 )
+from var_compressor.evaluation.rendering import render
 from var_compressor.evaluation.scenes import (
     SPLIT_CAPACITY,
     SceneBatch,
     SceneTruth,
-    render,
     sample_scenes,
     truths,
 )
@@ -86,7 +86,7 @@ def parse_options() -> Options:
 def draw(
     paint: Callable[[SceneBatch], Tensor], first_id: Tensor, batch_size: int, split: str
 ) -> tuple[SceneBatch, Tensor]:
-    """A run of consecutive scenes and their pictures, painted by ``render`` or its compiled form."""
+    """Consecutive scenes and their pictures, painted by ``render`` or its compiled form."""
     scenes = sample_scenes(first_id + torch.arange(batch_size, device=first_id.device), split)
     return scenes, paint(scenes)
 

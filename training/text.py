@@ -20,21 +20,24 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from var_compressor.evaluation.scenes import (
+from var_compressor.evaluation.captions import (
     COLOR_WORDS,
-    COLORS,
     MATERIAL_WORDS,
+    SHAPE_WORDS,
+    VOCABULARY,
+    captions,
+    tokenize,
+)
+from var_compressor.evaluation.scenes import (
+    COLORS,
     MATERIALS,
     MAX_OBJECTS,
+    OPPOSITE,
     RELATIONS,
-    SHAPE_WORDS,
     SHAPES,
     SIZES,
-    VOCABULARY,
     SceneTruth,
-    captions,
     sample_scenes,
-    tokenize,
     truths,
 )
 from var_compressor.models.config import MODELS
@@ -112,7 +115,7 @@ class NounProbe(nn.Module):
     """Linear classifiers on the features of a noun: what object it is, and where it belongs.
 
     Classes: shape, colour, material, size, number of objects, and how it stands to the objects
-    named before and after it. So the encoder has to gather at the noun what the words around it say.
+    named before and after it. So the encoder has to gather at the noun what its neighbours say.
     """
 
     CLASSES = (
@@ -135,7 +138,6 @@ def word_classes(words: dict[str, tuple[str, ...]]) -> dict[str, int]:
     }
 
 
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 NOUNS, COLOR_OF, MATERIAL_OF = map(word_classes, (SHAPE_WORDS, COLOR_WORDS, MATERIAL_WORDS))
 
 
@@ -184,7 +186,25 @@ def probe_loss(logits: list[Tensor], classes_MK: Tensor) -> tuple[Tensor, float]
     return loss, right / len(pairs)
 
 
-def main() -> None:
+def step_loss(
+    encoder: T5EncoderModel,
+    probe: NounProbe,
+    tokenizer: PreTrainedTokenizerFast,
+    ids_B: Tensor,
+) -> tuple[Tensor, float]:
+    """``probe_loss`` on the nouns of some training captions."""
+    scenes = sample_scenes(ids_B, "train")
+    written = captions(scenes)
+    tokens = tokenizer(written, padding=True, return_tensors="pt")
+    text_BTE = encoder(**{k: tokens[k] for k in ("input_ids", "attention_mask")}).last_hidden_state
+    targets = [noun_targets(*pair) for pair in zip(written, truths(scenes), strict=True)]
+    rows_M = torch.tensor([row for row, nouns in enumerate(targets) for _ in nouns])
+    positions_M = torch.tensor([position for nouns in targets for position, _ in nouns])
+    classes_MK = torch.tensor([classes for nouns in targets for _, classes in nouns])
+    return probe_loss(probe(text_BTE[rows_M, positions_M]), classes_MK)
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -194,38 +214,34 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.manual_seed(args.seed)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()
     encoder = build_encoder(len(tokenizer)).train()
-    if args.init:
-        load_t5(encoder, args.init)
+    if options.init:
+        load_t5(encoder, options.init)
     probe = NounProbe(encoder.config.d_model)
-    run = Run([encoder, probe], seconds=args.seconds, peak_lr=args.lr, weight_decay=0.01)
+    run = Run([encoder, probe], seconds=options.seconds, peak_lr=options.lr, weight_decay=0.01)
     next_log, recent = 0.0, []
-    while run.elapsed < args.seconds:
-        first = run.step_index * args.batch_size
-        scenes = sample_scenes(torch.arange(first, first + args.batch_size), "train")
-        written = captions(scenes)
-        tokens = tokenizer(written, padding=True, return_tensors="pt")
-        text = encoder(**{k: tokens[k] for k in ("input_ids", "attention_mask")}).last_hidden_state
-        targets = [noun_targets(*pair) for pair in zip(written, truths(scenes), strict=True)]
-        rows = torch.tensor([row for row, nouns in enumerate(targets) for _ in nouns])
-        positions = torch.tensor([position for nouns in targets for position, _ in nouns])
-        classes_MK = torch.tensor([classes for nouns in targets for _, classes in nouns])
-        loss, right = probe_loss(probe(text[rows, positions]), classes_MK)
+    while run.elapsed < options.seconds:
+        first = run.step_index * options.batch_size
+        ids_B = torch.arange(first, first + options.batch_size)
+        loss, right = step_loss(encoder, probe, tokenizer, ids_B)
         run.step(loss)
         recent.append((loss.item(), right))
         if run.elapsed >= next_log:
-            next_log = run.elapsed + args.seconds / 60
-            mean_loss, mean_right = (
-                sum(column) / len(recent) for column in zip(*recent, strict=True)
-            )
-            run.log(run.step_index * args.batch_size, loss=mean_loss, right=mean_right)
+            next_log = run.elapsed + options.seconds / 60
+            mean_loss, mean_right = torch.tensor(recent).mean(0).tolist()
+            run.log(run.step_index * options.batch_size, loss=mean_loss, right=mean_right)
             recent = []
-            save_text_encoder(run.averaged[0], args.out)
-    save_text_encoder(run.averaged[0], args.out)
-    save_json({"machine": machine(), "seed": args.seed, "curve": run.curve}, args.out / "text.json")
+            save_text_encoder(run.averaged[0], options.out)
+    save_text_encoder(run.averaged[0], options.out)
+    record = {"machine": machine(), "seed": options.seed, "curve": run.curve}
+    save_json(record, options.out / "text.json")
 
 
 if __name__ == "__main__":

@@ -13,20 +13,23 @@ import argparse
 import contextlib
 import math
 import multiprocessing
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from loop import Run, machine, save_json, save_weights
+from loop import Run, machine, save_grid, save_json, save_weights
 from safetensors.torch import load_file, save_file
 from text import build_encoder, build_tokenizer, load_t5, save_text_encoder
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from var_compressor.evaluation.captions import captions
 from var_compressor.evaluation.reader import Reader, caption_accuracy, score_caption
-from var_compressor.evaluation.scenes import captions, render, sample_scenes, truths
+from var_compressor.evaluation.rendering import render
+from var_compressor.evaluation.scenes import sample_scenes, truths
 from var_compressor.models.bits import Pyramid, quantize_latent, teacher_inputs
 from var_compressor.models.config import MODELS, config_to_dict
 from var_compressor.models.sampling import Sampling
@@ -111,7 +114,7 @@ def level_weights(device: str) -> Tensor:
 
 
 def self_corrected(latent_BDYX: Tensor) -> tuple[Tensor, Tensor]:
-    """Targets ``[B, L, Q]`` and teacher tokens ``[B, L-1, Q]``, with a random share of bits flipped."""
+    """Targets ``[B, L, Q]`` and teacher tokens ``[B, L-1, Q]`` after random flips of bits."""
     flipped: list[Tensor] = []
 
     def flip(bits_BLQ: Tensor, level: Level) -> Tensor:
@@ -172,89 +175,77 @@ def evaluate(
     return {"objects_right": accuracy.objects, "captions_right": accuracy.captions}, shown[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--vae", type=Path, required=True, help="folder with the VAE's model.safetensors"
-    )
-    parser.add_argument("--judge", type=Path, required=True, help="folder of the reader")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--text", type=Path, required=True, help="folder that training/text.py wrote"
-    )
-    parser.add_argument("--init", type=Path, help="go on from the transformer in this folder")
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp"), help="for encoded scenes")
-    parser.add_argument(
-        "--total-seconds", type=float, default=500, help="rendering and compiling included"
-    )
-    parser.add_argument("--scenes", type=int, default=150_000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eval-captions", type=int, default=500)
-    args = parser.parse_args()
+class SceneSource:
+    """Training scenes as captions and encoder outputs, made by processes beside this one."""
 
-    began = time.monotonic()
-    args.out.mkdir(parents=True, exist_ok=True)
-    processes = multiprocessing.get_context("spawn")
-    latents_path = args.scratch / "latents.safetensors"
-    encoding = processes.Process(target=encode_scenes, args=(args.vae, args.scenes, latents_path))
-    encoding.start()
-    pool = processes.Pool(min(12, multiprocessing.cpu_count()))
-    chunk = min(2000, args.scenes)
-    ranges = [(first, chunk) for first in range(0, args.scenes, chunk)]
-    pending = pool.map_async(caption_ids, ranges)
+    def __init__(self, options: argparse.Namespace) -> None:
+        processes = multiprocessing.get_context("spawn")
+        self.path = options.scratch / "latents.safetensors"
+        self.encoding = processes.Process(
+            target=encode_scenes, args=(options.vae, options.scenes, self.path)
+        )
+        self.encoding.start()
+        self.pool = processes.Pool(min(12, multiprocessing.cpu_count()))
+        chunk = min(2000, options.scenes)
+        ranges = [(first, chunk) for first in range(0, options.scenes, chunk)]
+        self.pending = self.pool.map_async(caption_ids, ranges)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
+    def load(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Wait for latents, token ids and masks of all scenes, and bring them to the device."""
+        columns = zip(*self.pending.get(), strict=True)
+        ids_NT, mask_NT = (torch.cat(column).to(device) for column in columns)
+        self.pool.terminate()
+        self.encoding.join()
+        latents_NDYX = load_file(self.path, device=device)["latents"]
+        self.path.unlink()
+        return latents_NDYX, ids_NT, mask_NT
+
+
+class BitObjective:
+    """Latents and captions to the loss; compiled on a GPU."""
+
+    def __init__(self, model: TeacherForced, device: str) -> None:
+        compiled = torch.compile if device == "cuda" else lambda function: function
+        self.forward, self.corrected = compiled(model), compiled(self_corrected)
+        self.weight_L, self.device = level_weights(device), device
+
+    def __call__(
+        self, latent_BDYX: Tensor, ids_BT: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            bits_BLQ, tokens_BLQ = self.corrected(latent_BDYX.float())
+        drop_B = torch.rand(len(ids_BT), device=self.device) < CAPTION_DROP
+        with autocast(self.device):
+            logits_BLQ2 = self.forward(ids_BT, mask_BT, drop_B, tokens_BLQ)
+        return bit_loss(logits_BLQ2, bits_BLQ, self.weight_L)
+
+    def warm_up(self, batch_size: int) -> None:
+        """Compile forward and backward on noise; leaves gradients behind."""
+        shape = (batch_size, CONFIG.transformer.text_maxlen)
+        blank = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        noise = torch.randn(batch_size, CONFIG.vae.code_dim, 16, 16, device=self.device).bfloat16()
+        self(noise, blank, blank == 0)[0].backward()
+
+
+def build_models(options: argparse.Namespace) -> tuple[T5EncoderModel, Infinity]:
     encoder, transformer = build_encoder(len(build_tokenizer())), Infinity(CONFIG.transformer)
     initialise(transformer)
-    load_t5(encoder, args.text)
-    if args.init:
-        transformer.load_state_dict(load_parts(args.init, "transformer*.safetensors"))
-    encoder, transformer = encoder.to(device).train(), transformer.to(device)
-    model = TeacherForced(encoder, transformer, device)
-    run = Run(
-        [transformer, encoder],
-        seconds=args.total_seconds,
-        peak_lr=args.lr,
-        weight_decay=0.03,
-        lr_factors=[1.0, ENCODER_LR_FACTOR],
-    )
-    forward = torch.compile(model) if device == "cuda" else model
-    corrected = torch.compile(self_corrected) if device == "cuda" else self_corrected
-    weight_L = level_weights(device)
+    load_t5(encoder, options.text)
+    if options.init:
+        transformer.load_state_dict(load_parts(options.init, "transformer*.safetensors"))
+    return encoder.train(), transformer
 
-    def loss_of(latent_BDYX: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            bits_BLQ, tokens_BLQ = corrected(latent_BDYX.float())
-        drop_B = torch.rand(len(ids_BT), device=device) < CAPTION_DROP
-        with autocast(device):
-            logits_BLQ2 = forward(ids_BT, mask_BT, drop_B, tokens_BLQ)
-        return bit_loss(logits_BLQ2, bits_BLQ, weight_L)
 
-    shape = (args.batch_size, CONFIG.transformer.text_maxlen)
-    blank = torch.zeros(shape, dtype=torch.int64, device=device)
-    noise = torch.randn(args.batch_size, CONFIG.vae.code_dim, 16, 16, device=device).bfloat16()
-    loss_of(noise, blank, blank == 0)[0].backward()
-    run.optimizer.zero_grad(set_to_none=True)
-    print(f"compiled after {time.monotonic() - began:.1f} s", flush=True)
-    ids, masks = (torch.cat(column).to(device) for column in zip(*pending.get(), strict=True))
-    pool.terminate()
-    encoding.join()
-    latents = load_file(latents_path, device=device)["latents"]
-    latents_path.unlink()
-    print(f"scenes and captions ready after {time.monotonic() - began:.1f} s", flush=True)
-
-    run.seconds = args.total_seconds - (time.monotonic() - began)
+def train(
+    run: Run, objective: BitObjective, scenes: tuple[Tensor, Tensor, Tensor], batch_size: int
+) -> None:
+    """Steps on random scenes until the run's seconds are over."""
+    latents_NDYX, ids_NT, mask_NT = scenes
     run.start()
     next_log = 0.0
     while run.elapsed < run.seconds:
-        index = torch.randint(len(latents), (args.batch_size,), device=device)
-        loss, entropy_L = loss_of(latents[index], ids[index], masks[index])
+        index = torch.randint(len(latents_NDYX), (batch_size,), device=latents_NDYX.device)
+        loss, entropy_L = objective(latents_NDYX[index], ids_NT[index], mask_NT[index])
         run.step(loss)
         if run.elapsed >= next_log:
             next_log = run.elapsed + run.seconds / 40
@@ -263,55 +254,105 @@ def main() -> None:
                 for level in SCHEDULE.levels
             }
             run.log(
-                run.step_index * args.batch_size,
+                run.step_index * batch_size,
                 loss=loss.item(),
                 mean=entropy_L.mean().item(),
                 **per_level,
             )
 
-    transformer, encoder = run.averaged
-    encoder, transformer = (
-        encoder.to(torch.bfloat16).float(),
-        transformer.to(torch.bfloat16).float(),
-    )
-    save_weights(transformer, args.out / "transformer.safetensors")
-    save_json(config_to_dict(CONFIG.transformer), args.out / "transformer.json")
-    save_text_encoder(encoder, args.out)
-    record = {
-        "machine": machine(),
-        "seed": args.seed,
-        "seconds": run.elapsed,
-        "scenes": args.scenes,
-    }
-    record |= {
-        "images": run.step_index * args.batch_size,
-        "batch_size": args.batch_size,
-        "curve": run.curve,
-    }
-    save_json(record, args.out / "metrics.json")
 
+def measure(
+    transformer: Infinity, options: argparse.Namespace, device: str
+) -> tuple[dict[str, object], Tensor]:
+    """Choose guidance and temperature on validation captions; measure them on test captions."""
     text_encoder = TextEncoder(
-        args.out / "text_encoder",
-        args.out / "tokenizer",
+        options.out / "text_encoder",
+        options.out / "tokenizer",
         max_length=CONFIG.transformer.text_maxlen,
         dtype=torch.float32,
         device=device,
     )
-    pipeline = InfinityPipeline(transformer.eval(), load_vae(args.vae).to(device), text_encoder)
-    judge = Reader.load(args.judge / "model.safetensors").to(device).eval()
-    record["sweep"] = []
+    vae = load_vae(options.vae).to(device)
+    pipeline = InfinityPipeline(transformer.eval(), vae, text_encoder)
+    judge = Reader.load(options.judge / "model.safetensors").to(device).eval()
+    sweep, count = [], options.eval_captions
     for cfg, tau in [(1.5, 0.5), (3.0, 0.5), (2.0, 0.3)]:
-        count = min(200, args.eval_captions)
-        accuracy, _ = evaluate(pipeline, judge, "validation", count, Sampling(cfg=cfg, tau=tau))
-        record["sweep"].append({"cfg": cfg, "tau": tau, "captions": count, **accuracy})
-        print(record["sweep"][-1], flush=True)
-    best = max(record["sweep"], key=lambda row: (row["captions_right"], row["objects_right"]))
-    sampling = Sampling(cfg=best["cfg"], tau=best["tau"])
-    record["test"], shown = evaluate(pipeline, judge, "test", args.eval_captions, sampling)
-    record["test"] |= {"cfg": best["cfg"], "tau": best["tau"], "captions": args.eval_captions}
-    print(record["test"], flush=True)
-    save_json(record, args.out / "metrics.json")
-    save_grid(shown, args.out / "samples.png")
+        tried, sampling = min(200, count), Sampling(cfg=cfg, tau=tau)
+        accuracy, _ = evaluate(pipeline, judge, "validation", tried, sampling)
+        sweep.append({"cfg": cfg, "tau": tau, "captions": tried, **accuracy})
+        print(sweep[-1], flush=True)
+    best = max(sweep, key=lambda row: (row["captions_right"], row["objects_right"]))
+    chosen = {name: best[name] for name in ("cfg", "tau")}
+    accuracy, shown = evaluate(pipeline, judge, "test", count, Sampling(**chosen))
+    print(accuracy, flush=True)
+    return {"sweep": sweep, "test": {**accuracy, **chosen, "captions": count}}, shown
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--vae", type=Path, required=True, help="folder of training/vae.py")
+    parser.add_argument("--text", type=Path, required=True, help="folder of training/text.py")
+    parser.add_argument("--judge", type=Path, required=True, help="folder of the reader")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="go on from the transformer in this folder")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()), help="for encoded scenes"
+    )
+    parser.add_argument(
+        "--total-seconds", type=float, default=500, help="rendering and compiling included"
+    )
+    parser.add_argument("--scenes", type=int, default=150_000)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eval-captions", type=int, default=500)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options, began = parse_options(), time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    source = SceneSource(options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(options.seed)
+    torch.set_float32_matmul_precision("high")
+    encoder, transformer = (module.to(device) for module in build_models(options))
+    objective = BitObjective(TeacherForced(encoder, transformer, device), device)
+    run = Run(
+        [transformer, encoder],
+        seconds=options.total_seconds,
+        peak_lr=options.lr,
+        weight_decay=0.03,
+        lr_factors=[1.0, ENCODER_LR_FACTOR],
+    )
+    objective.warm_up(options.batch_size)
+    run.optimizer.zero_grad(set_to_none=True)
+    print(f"compiled after {time.monotonic() - began:.1f} s", flush=True)
+    scenes = source.load(device)
+    print(f"scenes and captions ready after {time.monotonic() - began:.1f} s", flush=True)
+    run.seconds = options.total_seconds - (time.monotonic() - began)
+    train(run, objective, scenes, options.batch_size)
+
+    record: dict[str, object] = {
+        "machine": machine(),
+        "seed": options.seed,
+        "seconds": run.elapsed,
+        "scenes": options.scenes,
+        "images": run.step_index * options.batch_size,
+        "batch_size": options.batch_size,
+        "curve": run.curve,
+    }
+    # measured is what is shipped: averaged weights, rounded to bf16
+    transformer, encoder = (module.to(torch.bfloat16).float() for module in run.averaged)
+    save_weights(transformer, options.out / "transformer.safetensors")
+    save_json(config_to_dict(CONFIG.transformer), options.out / "transformer.json")
+    save_text_encoder(encoder, options.out)
+    save_json(record, options.out / "metrics.json")
+    measured, shown = measure(transformer, options, device)
+    save_json({**record, **measured}, options.out / "metrics.json")
+    save_grid(shown, options.out / "samples.png")
 
 
 def autocast(device: str) -> contextlib.AbstractContextManager:
@@ -329,17 +370,6 @@ def load_vae(folder: Path) -> VAE:
     vae = VAE(CONFIG.vae)
     vae.load_state_dict(load_parts(folder, "model*.safetensors"))
     return vae.eval().requires_grad_(False)
-
-
-def save_grid(images_B3YX: Tensor, path: Path) -> None:
-    from PIL import Image
-
-    columns = min(8, len(images_B3YX))
-    images_B3YX = images_B3YX[: len(images_B3YX) // columns * columns]
-    grid = (
-        images_B3YX.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    )
-    Image.fromarray(((grid + 1) * 127.5).round().to(torch.uint8).numpy()).save(path)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from loop import Run, machine, save_json, save_weights
+from loop import Run, machine, save_grid, save_json, save_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from var_compressor.evaluation.reader import Reader, match_objects, reader_loss
-from var_compressor.evaluation.scenes import SceneBatch, render, sample_scenes, truths
+from var_compressor.evaluation.rendering import render
+from var_compressor.evaluation.scenes import SceneBatch, sample_scenes, truths
 from var_compressor.models.bits import quantize_latent
 from var_compressor.models.config import MODELS, config_to_dict
 from var_compressor.models.schedule import Schedule
@@ -86,8 +88,8 @@ def evaluate(
     """PSNR and the share of objects whose attributes the judge reads right."""
     objects = right = right_plain = 0
     squared_error = 0.0
-    for start in range(0, count, 100):
-        scenes = sample_scenes(torch.arange(start, start + 100, device=device), split)
+    for ids in torch.arange(count, device=device).split(100):
+        scenes = sample_scenes(ids, split)
         image = render(scenes)
         decoded = model(image)[0].clamp(-1, 1)
         squared_error += ((decoded - image) / 2).square().mean((1, 2, 3)).log10().sum().item()
@@ -105,81 +107,74 @@ def evaluate(
     }
 
 
-def wait_for(path: Path) -> Path:
-    """Readers may still be training beside us."""
-    while not (path / "model.safetensors").exists() or not (path / "metrics.json").exists():
+def wait_for_reader(folder: Path, device: str) -> Reader:
+    """The frozen reader of a folder, once it is there: readers may still be training beside us."""
+    while not all((folder / name).exists() for name in ("model.safetensors", "metrics.json")):
         time.sleep(0.5)
-    return path
+    return Reader.load(folder / "model.safetensors").to(device).eval().requires_grad_(False)
 
 
-def main() -> None:
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--reader", type=Path, required=True, help="reader for the loss")
-    parser.add_argument("--judge", type=Path, required=True, help="reader for the metrics")
+    parser.add_argument("--reader", type=Path, required=True, help="folder, for the loss")
+    parser.add_argument("--judge", type=Path, required=True, help="folder, for the metrics")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--init", type=Path, help="go on from this model.safetensors")
-    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--seconds", type=float, default=370, help="training time")
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="weights and scenes")
     parser.add_argument("--eval-images", type=int, default=2000)
-    parser.add_argument("--compile", choices=["full", "norm", "none"], default="full")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
-    args.out.mkdir(parents=True, exist_ok=True)
-    config = MODELS["infinity-tiny"].vae
-    vae = VAE(config).to(device, memory_format=torch.channels_last)
-    if args.init:
-        vae.load_state_dict({k: v.float() for k, v in load_file(args.init).items()})
-    model = Autoencoder(vae, Schedule.of(1.0, "0.06M"))
-    run = Run([model], seconds=args.seconds, peak_lr=args.lr, weight_decay=0.01)
-    draw = render
-    if args.compile == "full":
-        vae.encoder.compile()
-        vae.decoder.compile()
-        draw = torch.compile(render)
-    elif args.compile == "norm":
-        from var_compressor.models.vae import NormSwish
 
-        NormSwish.forward = torch.compile(NormSwish.forward, dynamic=True)
-        draw = torch.compile(render)
+def scene_source(
+    options: argparse.Namespace, device: str
+) -> Callable[[int], tuple[SceneBatch, Tensor]]:
+    """A function from the number of a step to its scenes and their pictures."""
+    draw = torch.compile(render) if device == "cuda" else render
 
     def batch(step: int) -> tuple[SceneBatch, Tensor]:
-        first = (args.seed * 1_000_003 + step) * args.batch_size
-        ids = torch.arange(first, first + args.batch_size, device=device)
+        first = (options.seed * 1_000_003 + step) * options.batch_size
+        ids = torch.arange(first, first + options.batch_size, device=device)
         scenes = sample_scenes(ids, "train")
         return scenes, draw(scenes).contiguous(memory_format=torch.channels_last)
 
-    began = time.monotonic()
-    decoded, commitment = model(batch(0)[1])
-    (decoded.mean() + commitment).backward()
-    run.optimizer.zero_grad(set_to_none=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    print(f"warm-up (compile) {time.monotonic() - began:.1f} s", flush=True)
-    reader = (
-        Reader.load(wait_for(args.reader) / "model.safetensors")
-        .to(device)
-        .eval()
-        .requires_grad_(False)
-    )
-    judge = (
-        Reader.load(wait_for(args.judge) / "model.safetensors")
-        .to(device)
-        .eval()
-        .requires_grad_(False)
-    )
-    print(f"readers ready after {time.monotonic() - began:.1f} s", flush=True)
+    return batch
 
+
+def build_model(options: argparse.Namespace, device: str) -> Autoencoder:
+    vae = VAE(MODELS["infinity-tiny"].vae).to(device, memory_format=torch.channels_last)
+    if options.init:
+        vae.load_state_dict({k: v.float() for k, v in load_file(options.init).items()})
+    return Autoencoder(vae, Schedule.of(1.0, "0.06M"))
+
+
+def warm_up(model: Autoencoder, image: Tensor) -> None:
+    """Compile forward and backward, so that the clock of the run does not count it."""
+    if image.is_cuda:
+        model.vae.encoder.compile()
+        model.vae.decoder.compile()
+    decoded, commitment = model(image)
+    (decoded.mean() + commitment).backward()
+    model.zero_grad(set_to_none=True)
+    if image.is_cuda:
+        torch.cuda.synchronize()
+
+
+def train(
+    run: Run,
+    model: Autoencoder,
+    batch: Callable[[int], tuple[SceneBatch, Tensor]],
+    reader: Reader,
+    out: Path,
+) -> None:
+    """Steps until the run's seconds are over; the averaged weights are saved on the way."""
     run.start()
     next_log = 0.0
-    while run.elapsed < args.seconds:
+    while run.elapsed < run.seconds:
         scenes, image = batch(run.step_index)
         decoded, commitment = model(image)
         pixel, feature, reading = reconstruction_loss(
@@ -187,10 +182,10 @@ def main() -> None:
         )
         run.step(2 * pixel + 0.5 * feature + 0.05 * reading + 0.25 * commitment)
         if run.elapsed >= next_log:
-            next_log = run.elapsed + args.seconds / 40
+            next_log = run.elapsed + run.seconds / 40
             mse = F.mse_loss(decoded.clamp(-1, 1), image) / 4
             run.log(
-                run.step_index * args.batch_size,
+                run.step_index * len(image),
                 pixel=pixel.item(),
                 feature=feature.item(),
                 reading=reading.item(),
@@ -198,36 +193,51 @@ def main() -> None:
                 psnr_db=-10 * mse.log10().item(),
             )
             if len(run.curve) % 10 == 0:
-                save_weights(run.averaged[0].vae, args.out / "model.safetensors")
+                save_weights(run.averaged[0].vae, out / "model.safetensors")
+
+
+def main() -> None:
+    options = parse_options()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(options.seed)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    options.out.mkdir(parents=True, exist_ok=True)
+    model, batch = build_model(options, device), scene_source(options, device)
+    run = Run([model], seconds=options.seconds, peak_lr=options.lr, weight_decay=0.01)
+    warm_up(model, batch(0)[1])
+    reader, judge = (wait_for_reader(f, device) for f in (options.reader, options.judge))
+    train(run, model, batch, reader, options.out)
+
     averaged: Autoencoder = run.averaged[0]
     averaged.to(torch.bfloat16).float()  # measure what is shipped: weights rounded to bf16
     averaged.use_bf16 = False
+    trained_seconds = run.elapsed
     metrics = {
-        split: evaluate(averaged, judge, split, args.eval_images, device)
+        split: evaluate(averaged, judge, split, options.eval_images, device)
         for split in ("validation", "test")
     }
     print(metrics, flush=True)
-    save_weights(averaged.vae, args.out / "model.safetensors")
-    save_json(config_to_dict(config), args.out / "config.json")
-    record = {"metrics": metrics, "machine": machine(), "seed": args.seed, "seconds": run.elapsed}
-    record |= {
-        "images": run.step_index * args.batch_size,
-        "batch_size": args.batch_size,
+    save_weights(averaged.vae, options.out / "model.safetensors")
+    save_json(config_to_dict(averaged.vae.config), options.out / "config.json")
+    record = {
+        "metrics": metrics,
+        "machine": machine(),
+        "seed": options.seed,
+        "seconds": trained_seconds,
+        "images": run.step_index * options.batch_size,
+        "batch_size": options.batch_size,
         "curve": run.curve,
     }
-    save_json(record, args.out / "metrics.json")
-    save_pictures(averaged, args.out / "reconstructions.png", device)
+    save_json(record, options.out / "metrics.json")
+    save_pictures(averaged, options.out / "reconstructions.png", device)
 
 
 @torch.inference_mode()
 def save_pictures(model: Autoencoder, path: Path, device: str) -> None:
     """Test scenes above their reconstructions."""
-    from PIL import Image
-
     image = render(sample_scenes(torch.arange(8, device=device), "test"))
-    rows = torch.cat([image, model(image)[0].clamp(-1, 1)])
-    grid = rows.unflatten(0, (2, 8)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    Image.fromarray(((grid + 1) * 127.5).round().to(torch.uint8).cpu().numpy()).save(path)
+    save_grid(torch.cat([image, model(image)[0].clamp(-1, 1)]), path)
 
 
 if __name__ == "__main__":

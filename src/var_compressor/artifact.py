@@ -13,11 +13,11 @@ the same command continues.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from var_compressor import __version__
+from var_compressor.models.checkpoint import open_tensors
+from var_compressor.models.config import InfinityConfig, config_from_dict
+from var_compressor.models.directory import locked
+from var_compressor.models.inspection import Inspection, list_files, parts_of, sha256_of
+from var_compressor.spec import QuantSpec
 
 FORMAT = "var-compressor/1"
 MANIFEST = "manifest.json"
@@ -67,7 +72,13 @@ class Manifest:
 
 
 def is_artifact(folder: str | Path) -> bool:
+    """Whether a directory holds an artifact; an unfinished one does not."""
     return (Path(folder) / MANIFEST).is_file()
+
+
+def is_unfinished(folder: str | Path) -> bool:
+    """Whether a directory holds what a run that was cut off left behind."""
+    return (Path(folder) / _RESUME_FILE).is_file() and not is_artifact(folder)
 
 
 def block_file(index: int) -> str:
@@ -80,21 +91,48 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        unfinished = (Path(folder) / _RESUME_FILE).exists()
-        hint = "its run was cut off; repeat the command" if unfinished else "is it an artifact?"
+        cut_off = "the run that makes it was cut off; repeat its command"
+        hint = cut_off if is_unfinished(folder) else "is it an artifact?"
         raise ArtifactError(f"{folder}: has no {MANIFEST}; {hint}") from None
     except (ValueError, RecursionError, OSError) as error:
         raise ArtifactError(f"{path}: not readable ({error})") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ArtifactError(f"{path}: not of format {FORMAT!r}; make the artifact again")
     try:
-        manifest = Manifest(**content)
-        for name, entry in manifest.files.items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise ArtifactError(f"{path}: refused, the file {name!r} lies outside the artifact")
-            int(entry["bytes"]), str(entry["sha256"])
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{path}: malformed ({error}); make the artifact again") from None
+        manifest = _checked(content)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: malformed: {error}; make the artifact again") from None
+    return manifest
+
+
+def _checked(content: dict[str, Any]) -> Manifest:
+    """Raises: ValueError naming the first key that is missing, foreign or of another type."""
+    types: dict[str, tuple[type, ...]] = dict.fromkeys(Manifest.__dataclass_fields__, (dict,))
+    types |= {"kv": (dict, type(None)), "created_by": (str,)}
+    for key in sorted(types.keys() | content.keys()):
+        if key not in types or not isinstance(content.get(key, ...), types[key]):
+            wanted = " or ".join(kind.__name__ for kind in types.get(key, ())) or "nothing"
+            raise ValueError(f"{key} is {type(content.get(key, ...)).__name__}, expected {wanted}")
+    manifest = Manifest(**content)
+    config = config_from_dict(InfinityConfig, manifest.config, "config")
+    QuantSpec.from_dict(manifest.spec)
+    hashes = manifest.base.get("vae")
+    if not isinstance(manifest.base.get("source"), str) or not isinstance(hashes, dict):
+        raise ValueError("base names no source, or no vae files")
+    for name in [*hashes, *manifest.files]:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"refused, the file {name!r} lies outside")
+    for name, entry in manifest.files.items():
+        entry = entry if isinstance(entry, dict) else {}
+        if type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+            raise ValueError(f"files.{name} lacks bytes or sha256")
+    needed = {TRANSFORMER_FILE, *map(block_file, range(config.depth))}
+    if manifest.kv is not None:
+        needed.add(KV_FILE)
+        if manifest.kv.get("format") != "int8":
+            raise ValueError(f"kv.format is {manifest.kv.get('format')!r}, this program reads int8")
+    if missing := needed - manifest.files.keys():
+        raise ValueError(f"files lacks {min(missing)}")
     return manifest
 
 
@@ -115,15 +153,6 @@ def verify_files(folder: str | Path, manifest: Manifest) -> None:
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(check, manifest.files))
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -149,41 +178,67 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-class ArtifactWriter:
-    """Writes an artifact block by block; finished blocks survive a kill.
+@contextmanager
+def artifact_writer(folder: str | Path, identity: dict[str, Any]) -> Iterator[ArtifactWriter]:
+    """A writer for a new artifact, or for one whose run was cut off.
 
     ``identity`` is everything that determines the result; a run with another identity refuses to
     continue in the same directory and says what differs.
+    Raises: ArtifactError when ``folder`` holds something else, CheckpointError while another
+    process writes it.
     """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder}: is a file; give a new or empty directory")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        _begin(folder, identity)
+        yield ArtifactWriter(folder)
 
-    def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
-        self.folder = Path(folder)
-        if is_artifact(self.folder):
-            raise ArtifactError(f"{folder}: holds a finished artifact; give another --out")
-        resume = self.folder / _RESUME_FILE
-        if resume.exists():
-            self._check_identity(resume, identity)
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ArtifactError(f"{folder}: holds other files; give a new or empty directory")
-        else:
-            write_json(resume, identity)
-        self._reports: dict[str, Any] = {}
 
-    def _check_identity(self, resume: Path, identity: dict[str, Any]) -> None:
-        try:
-            started = json.loads(resume.read_text())
-        except ValueError:
-            started = None
-        if not isinstance(started, dict):
-            raise ArtifactError(f"{resume}: unreadable; delete the directory and start again")
-        wanted = json.loads(json.dumps(identity))
-        differing = sorted(_flat(started).items() ^ _flat(wanted).items())
-        if differing:
-            key = differing[0][0]
-            raise ArtifactError(
-                f"{self.folder}: was begun with {key} = {_flat(started).get(key, 'nothing')}, now "
-                f"it is {_flat(wanted).get(key, 'nothing')}; give another --out, or delete it"
-            )
+def _begin(folder: Path, identity: dict[str, Any]) -> None:
+    if is_artifact(folder):
+        raise ArtifactError(f"{folder}: holds a finished artifact; give another --out")
+    resume = folder / _RESUME_FILE
+    if resume.exists():
+        _check_identity(resume, identity)
+        _clear_temporaries(folder)
+        return
+    # a kill during the very first write leaves only its temporary file
+    if any(not entry.match(f".{_RESUME_FILE}.*.tmp") for entry in folder.iterdir()):
+        raise ArtifactError(f"{folder}: holds other files; give a new or empty directory")
+    _clear_temporaries(folder)
+    write_json(resume, identity)
+
+
+def _check_identity(resume: Path, identity: dict[str, Any]) -> None:
+    try:
+        started = json.loads(resume.read_text())
+    except ValueError:
+        started = None
+    if not isinstance(started, dict):
+        raise ArtifactError(f"{resume}: unreadable; delete the directory and start again")
+    before, now = _flat(started), _flat(json.loads(json.dumps(identity)))
+    differing = sorted(key for key, _ in before.items() ^ now.items())
+    if differing:
+        key = differing[0]
+        raise ArtifactError(
+            f"{resume.parent}: was begun with {key} = {before.get(key, 'nothing')}, now it is "
+            f"{now.get(key, 'nothing')}; give another --out, or delete it"
+        )
+
+
+def _clear_temporaries(folder: Path) -> None:
+    """What `write_atomically` leaves behind when it is killed."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink()
+
+
+class ArtifactWriter:
+    """Writes an artifact block by block; finished blocks survive a kill."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def has_block(self, index: int) -> bool:
         return (self.folder / block_file(index)).exists() and self._report_path(index).exists()
@@ -213,14 +268,22 @@ class ArtifactWriter:
 
 
 def put_kv(folder: str | Path, tensors: Mapping[str, Tensor], kv: dict[str, Any]) -> Manifest:
-    """Add or replace the KV cache's parameters of a finished artifact."""
+    """Add or replace the KV cache's parameters of a finished artifact.
+
+    A kill in between leaves an artifact without them, which works with a 16-bit cache.
+    """
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    # a kill between the two writes leaves a manifest whose hash refuses the new file: run it again
-    write_atomically(folder / KV_FILE, save(on_cpu(tensors)))
-    files = {**manifest.files, **_listed(folder, [KV_FILE])}
-    manifest = replace(manifest, kv=kv, files=files)
-    write_json(folder / MANIFEST, manifest.to_json())
+    with locked(folder):
+        manifest = read_manifest(folder)
+        _clear_temporaries(folder)
+        if manifest.kv is not None:
+            files = {name: entry for name, entry in manifest.files.items() if name != KV_FILE}
+            manifest = replace(manifest, kv=None, files=files)
+            write_json(folder / MANIFEST, manifest.to_json())
+        write_atomically(folder / KV_FILE, save(on_cpu(tensors)))
+        files = {**manifest.files, **_listed(folder, [KV_FILE])}
+        manifest = replace(manifest, kv=kv, files=files)
+        write_json(folder / MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -251,3 +314,58 @@ def _flat(content: Any, prefix: str = "") -> dict[str, str]:
         )
         return {key: value for part in parts for key, value in part.items()}
     return {prefix: json.dumps(content)}
+
+
+# --- telling what it is ---------------------------------------------------------------------------
+
+_PARTS = {
+    "smooth_factor": "smoothing factors",
+    "wscales": "weight scales",
+    "proj_down": "low-rank branches",
+    "proj_up": "low-rank branches",
+}
+
+
+def inspect_artifact(folder: str | Path, *, with_hashes: bool) -> Inspection:
+    """What an artifact holds, sized by part; only names, shapes and dtypes are read.
+
+    Raises: ValueError when the manifest or a file cannot be used.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    labelled = {}
+    for file in manifest.files:
+        if not file.endswith(".safetensors"):
+            continue
+        source = open_tensors(folder / file)
+        for name in source.names():
+            info = source.info(name)
+            labelled[f"{file}:{name}"] = (info, _part_name(file, name, info.dtype))
+    infos = {name: info for name, (info, _) in labelled.items()}
+    kv = "INT8 KV cache" if manifest.kv is not None else "16-bit KV cache"
+    what = QuantSpec.from_dict(manifest.spec).summary()
+    provenance = {
+        "base": manifest.base["source"],
+        "calibration": manifest.calibration,
+        "kv calibration": None if manifest.kv is None else manifest.kv.get("calibration"),
+        "created by": manifest.created_by,
+    }
+    return Inspection(
+        str(folder),
+        "artifact",
+        f"compressed {manifest.base['source']}, format {FORMAT}: {what}; {kv}",
+        parts_of(infos, lambda name: labelled[name][1]),
+        list_files(folder, with_hashes=with_hashes),
+        provenance,
+    )
+
+
+def _part_name(file: str, name: str, dtype: str) -> str:
+    if file == TRANSFORMER_FILE:
+        return "outside the blocks"
+    if file == KV_FILE:
+        return "KV cache parameters"
+    last = name.rsplit(".", 1)[-1]
+    if last == "qweight":
+        return "4-bit weights, two a byte" if dtype == "uint8" else "8-bit weights"
+    return _PARTS.get(last, "biases, norms and unquantized weights")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 FAILED = 2
+MAX_SEED = 2**63 - 1
 
 app = typer.Typer(
     name="varc",
@@ -122,16 +124,18 @@ def init(
 
 @app.command("inspect")
 def inspect_command(
-    path: Annotated[Path, typer.Argument(help="File or directory.")],
+    path: Annotated[Path, typer.Argument(help="File, directory, or infinity-tiny.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     hashes: Annotated[bool, typer.Option("--hashes", help="Add the files' sha256.")] = False,
 ) -> None:
     """Tell what a checkpoint, model directory or artifact is: parts, sizes, provenance."""
     import json
 
+    from var_compressor.artifact import inspect_artifact, is_artifact, is_unfinished
     from var_compressor.models.inspection import inspect_path, to_text
 
-    found = inspect_path(path, with_hashes=hashes)
+    inspect = inspect_artifact if is_artifact(path) or is_unfinished(path) else inspect_path
+    found = inspect(path, with_hashes=hashes)
     typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else to_text(found))
 
 
@@ -186,7 +190,8 @@ def quantize(
     with _progress() as on_progress:
         manifest = run(recipe, out, on_progress=on_progress)
     typer.echo(f"wrote {out}: transformer {manifest.num_weight_bytes / 2**20:.1f} MiB")
-    typer.echo(f"next: varc calibrate-kv {' '.join(recipes)} --artifact {out}")
+    if recipe.quant.kv.format == "int8":
+        typer.echo(f"next: varc calibrate-kv {shlex.join(recipes)} --artifact {out}")
 
 
 @app.command("calibrate-kv")
@@ -218,13 +223,27 @@ def generate(
     model: Annotated[
         str, typer.Option(help="infinity-tiny, a model directory, an artifact, or a hub id.")
     ] = "infinity-tiny",
-    seed: Annotated[int, typer.Option(help="Seed of the first image; the next gets seed + 1.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Of the first image; the next gets seed + 1.")
+    ] = 0,
     negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
     cfg: Annotated[float, typer.Option(help="Guidance; 1 is off.")] = 3.0,
     tau: Annotated[float, typer.Option(help="Temperature.")] = 0.5,
     top_p: Annotated[float, typer.Option(help="0 keeps every bit value.")] = 0.97,
     aspect_ratio: Annotated[float, typer.Option(help="Height / width; nearest is taken.")] = 1.0,
     pixel_budget: Annotated[str | None, typer.Option(help="0.06M, 0.25M, 0.60M or 1M.")] = None,
+    prompt_cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps prompts' features between runs.")
+    ] = None,
+    release_text_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--release-text-encoder/--keep-text-encoder", help="Free its memory before drawing."
+        ),
+    ] = False,
+    strip_rows: Annotated[
+        int | None, typer.Option(min=1, help="Decode in strips of so many rows, to save memory.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
 ) -> None:
@@ -233,13 +252,21 @@ def generate(
     Example: varc generate "a large red metal cube on a wooden floor." --seed 0 --out cube.png
     """
     from var_compressor.compress import choose_device, choose_dtype
-    from var_compressor.evaluation.images import write_png
+    from var_compressor.evaluation.images import check_png_path, write_png
     from var_compressor.models.sampling import Sampling
     from var_compressor.pipeline import InfinityPipeline
 
     chosen = choose_device(device)
+    paths = [out]
+    if len(prompt) > 1:
+        paths = [out.with_stem(f"{out.stem}-{i}") for i in range(len(prompt))]
+    for path in paths:
+        check_png_path(path)
     pipeline = InfinityPipeline.from_pretrained(
-        model, dtype=choose_dtype(dtype, chosen), device=chosen
+        model,
+        dtype=choose_dtype(dtype, chosen),
+        device=chosen,
+        text_encoder_cache=prompt_cache,
     )
     with _progress() as on_progress:
         generation = pipeline.generate(
@@ -249,13 +276,14 @@ def generate(
             negative=None if negative is None else [negative] * len(prompt),
             aspect_ratio=aspect_ratio,
             pixel_budget=pixel_budget,
+            text_encoder="release" if release_text_encoder else "keep",
+            vae_strip_rows=strip_rows,
             on_level=lambda level, latent: on_progress("level", level.index + 1, 0),
         )
-    for i, image in enumerate(generation.pil):
-        path = out if len(prompt) == 1 else out.with_stem(f"{out.stem}-{i}")
-        settings = {"prompt": prompt[i], "model": model, "seed": seed + i, "cfg": cfg, "tau": tau}
-        settings |= {"top_p": top_p, "negative": negative, "aspect_ratio": aspect_ratio}
-        write_png(image, path, settings)
+    shared = {"model": model, "cfg": cfg, "tau": tau, "top_p": top_p, "negative": negative}
+    shared |= {"aspect_ratio": aspect_ratio, "pixel_budget": pixel_budget}
+    for i, (image, path) in enumerate(zip(generation.pil, paths, strict=True)):
+        write_png(image, path, {"prompt": prompt[i], "seed": seed + i, **shared})
         typer.echo(f"wrote {path}")
 
 
@@ -264,8 +292,8 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory for the artifact and page.")] = Path(
         "out/demo"
     ),
-    num_prompts: Annotated[int, typer.Option(help="Images drawn by each model.")] = 24,
-    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Images drawn by each model.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image.")] = 0,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value on top of the demo's recipe.")
     ] = None,

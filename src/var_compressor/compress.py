@@ -28,21 +28,33 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: torch sees no GPU here; use cpu")
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is unknown; use auto, cpu or cuda")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        raise ValueError(f"device {name!r}: torch sees {num_gpus or 'no'} GPU here; use cpu")
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is slower."""
+    """ "auto" is bfloat16 on a GPU, and float32 on a CPU, where bfloat16 is slower.
+
+    Raises: ValueError for another name.
+    """
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    known = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in known:
+        raise ValueError(f"dtype {name!r} is unknown; use auto, {' or '.join(known)}")
+    return known[name]
 
 
 def open_pipeline(source: ModelSource) -> InfinityPipeline:
-    """The full-precision model of a recipe."""
+    """The model of a recipe.
+
+    Raises: ValueError for paths that do not go together.
+    """
     device = choose_device(source.device)
     dtype = choose_dtype(source.dtype, device)
     if source.vae_path is not None:
@@ -55,6 +67,11 @@ def open_pipeline(source: ModelSource) -> InfinityPipeline:
             text_encoder=source.text_encoder_path,
             dtype=dtype,
             device=device,
+        )
+    if source.text_encoder_path is not None:
+        raise ValueError(
+            "model.text_encoder_path goes with official files (model.vae_path); a model directory "
+            "names its own"
         )
     return InfinityPipeline.from_pretrained(source.path or source.name, dtype=dtype, device=device)
 
@@ -90,12 +107,12 @@ def quantize(recipe: Recipe, out: Path, *, on_progress: Progress) -> Manifest:
 
 def calibrate_cache(recipe: Recipe, artifact: Path, *, on_progress: Progress) -> Manifest:
     """Find the KV cache's parameters on the compressed model, and add them to its artifact."""
-    manifest = read_manifest(artifact)
-    source = replace(recipe.model, path=str(artifact), vae_path=None)
-    pipeline = open_pipeline(source)
-    pipeline.kv_params = None
+    read_manifest(artifact)
     collection, spec = collection_of(recipe.collect), recipe.quant.kv
     check_kv(spec, artifact)
+    source = replace(recipe.model, path=str(artifact), vae_path=None, text_encoder_path=None)
+    pipeline = open_pipeline(source)
+    pipeline.kv_params = None
     params, layers = calibrate_kv(pipeline, collection, spec, on_progress=on_progress)
     kv = {
         "format": spec.format,
@@ -103,7 +120,6 @@ def calibrate_cache(recipe: Recipe, artifact: Path, *, on_progress: Progress) ->
         "calibration": collection.to_dict(),
         "layers": layers,
     }
-    assert len(params) == manifest.config["depth"]
     return put_kv(artifact, params_to_tensors(params), kv)
 
 

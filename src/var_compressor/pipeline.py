@@ -14,9 +14,9 @@ from var_compressor.artifact import (
     KV_FILE,
     ArtifactError,
     is_artifact,
+    is_unfinished,
     read_manifest,
     read_tensors,
-    sha256_of,
     verify_files,
 )
 from var_compressor.layers.kv_cache import (
@@ -26,7 +26,7 @@ from var_compressor.layers.kv_cache import (
     PlainCache,
     params_from_tensors,
 )
-from var_compressor.layers.linear import load_compressed
+from var_compressor.layers.linear import QuantizedLinear, load_compressed
 from var_compressor.models import directory
 from var_compressor.models.bits import Pyramid, teacher_inputs
 from var_compressor.models.checkpoint import (
@@ -36,6 +36,7 @@ from var_compressor.models.checkpoint import (
 )
 from var_compressor.models.config import ModelConfig
 from var_compressor.models.convert import model_config
+from var_compressor.models.inspection import sha256_of
 from var_compressor.models.sampling import Sampling, draw_noise, sample_bits, seeded_generators
 from var_compressor.models.schedule import Level, Schedule
 from var_compressor.models.text_encoder import TextEncoder
@@ -116,6 +117,11 @@ class InfinityPipeline:
     def device(self) -> torch.device:
         return self.transformer.start_position.device
 
+    @property
+    def is_compressed(self) -> bool:
+        """Whether any linear is quantized."""
+        return any(isinstance(module, QuantizedLinear) for module in self.transformer.modules())
+
     @classmethod
     def from_pretrained(
         cls,
@@ -125,15 +131,16 @@ class InfinityPipeline:
         device: torch.device | str = "cpu",
         text_encoder_cache: str | Path | None = None,
     ) -> InfinityPipeline:
-        """Open a model directory, an embedded model ("infinity-tiny") or a hub id.
+        """Open a model directory, an artifact, an embedded model ("infinity-tiny") or a hub id.
 
         The transformer's blocks, the VAE and the text encoder run in ``dtype``, everything else in
         float32. On a CPU, tensors stored in the dtype they run in stay mapped to their files; on a
         GPU they go there one by one. The text encoder is read when the first prompt needs it;
         ``text_encoder_cache`` is a folder that keeps prompts' features.
-        Raises: CheckpointError (a ValueError) naming the file that is missing or does not fit.
+        Raises: CheckpointError or ArtifactError (ValueErrors) naming the file that is missing or
+        does not fit.
         """
-        if is_artifact(source):
+        if is_artifact(source) or is_unfinished(source):
             return cls._from_artifact(
                 Path(source), dtype=dtype, device=device, text_encoder_cache=text_encoder_cache
             )
@@ -244,8 +251,10 @@ class InfinityPipeline:
 
         A text encoder that is a local folder is copied, or referred to without
         ``copy_text_encoder``; one that is a hub id is always referred to.
-        Raises: CheckpointError when ``target`` is occupied.
+        Raises: CheckpointError when ``target`` is occupied, ValueError for a compressed pipeline.
         """
+        if self.is_compressed:
+            raise ValueError("this pipeline is compressed; copy the artifact that it came from")
         t5 = self.text_encoder
         reference = None if t5 is None else t5.encoder_dir
         if t5 is not None and copy_text_encoder and Path(t5.encoder_dir).is_dir():

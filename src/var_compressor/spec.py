@@ -13,6 +13,7 @@ import math
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -22,6 +23,10 @@ from typing import Any, Literal, TypeVar
 WEIGHT_FORMATS = {"sint4": 64, "sint8": -1, "fp8_e4m3": -1, "nvfp4": 16}
 ACT_FORMATS = {"sint4": 64, "uint4": 64, "sint8": -1, "fp8_e4m3": -1, "nvfp4": 16}
 WHOLE_ROW = -1
+
+_NBITS = {"sint4": 4, "uint4": 4, "sint8": 8, "fp8_e4m3": 8, "nvfp4": 4}
+# formats that their number of bits does not tell
+_NAMED = ("fp8_e4m3", "nvfp4", "uint4")
 
 # in a module rule: the format of the spec's own `weight` or `act` part
 DEFAULT = "default"
@@ -148,6 +153,15 @@ class LinearSpec:
     low_rank: LowRankSpec
     smooth: SmoothSpec
 
+    def summary(self) -> str:
+        """The gist in words, such as "W4A4 g64 rank 32"."""
+        act_bits = 16 if self.act.format is None else _NBITS[self.act.format]
+        group_size = self.weight.group_size
+        groups = "per row" if group_size == WHOLE_ROW else f"g{group_size}"
+        words = [f"W{_NBITS[self.weight.format]}A{act_bits}", groups, f"rank {self.low_rank.rank}"]
+        odd = [name for name in (self.weight.format, self.act.format) if name in _NAMED]
+        return " ".join([*words, *dict.fromkeys(odd)])
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -187,6 +201,17 @@ class QuantSpec:
             low_rank=self.low_rank if rule.low_rank else replace(self.low_rank, rank=0),
             smooth=self.smooth if rule.smooth else replace(self.smooth, enabled=False),
         )
+
+    def summary(self) -> str:
+        """The gist in words: what most linears are, then those that differ."""
+        linears = {name: self.for_module(name) for name in MODULES}
+        words = {name: "16 bits" if one is None else one.summary() for name, one in linears.items()}
+        most = Counter(words.values()).most_common(1)[0][0]
+        differing = [f"{name} {word}" for name, word in words.items() if word != most]
+        per_block = [rule for rule in self.exceptions if rule.pattern.startswith("blocks.")]
+        if per_block:
+            differing.append(f"{len(per_block)} rules for single blocks")
+        return f"{most} ({', '.join(differing)})" if differing else most
 
     def validate(self) -> QuantSpec:
         """Return self, or raise SpecError naming the first setting that can't be used."""
@@ -345,6 +370,11 @@ PRESETS: dict[str, QuantSpec] = {
     "gptq": QuantSpec(weight=WeightSpec(rounding="gptq")),
     "w4a16": QuantSpec(act=ActSpec(format=None), smooth=SmoothSpec(enabled=False)),
     "w4a8": QuantSpec(act=ActSpec("sint8", WHOLE_ROW)),
-    "w8a8": QuantSpec(weight=WeightSpec("sint8", WHOLE_ROW), act=ActSpec("sint8", WHOLE_ROW)),
+    "w8a8": QuantSpec(
+        weight=WeightSpec("sint8", WHOLE_ROW),
+        act=ActSpec("sint8", WHOLE_ROW),
+        # there is no op for 8-bit weights with a 16-bit input
+        modules=tuple(ModuleRule(name) for name in MODULES),
+    ),
     "nvfp4": QuantSpec(weight=WeightSpec("nvfp4", 16), act=ActSpec("nvfp4", 16)),
 }

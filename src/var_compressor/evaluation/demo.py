@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from var_compressor.artifact import is_artifact, write_atomically
-from var_compressor.compress import calibrate_cache, open_pipeline, quantize
+from var_compressor.compress import calibrate_cache, check_kv, open_pipeline, quantize
 from var_compressor.evaluation.agreement import BitAgreement, bit_agreement, psnr_db, ssim
+from var_compressor.evaluation.captions import captions
 from var_compressor.evaluation.reader import CaptionScore, Reader, caption_accuracy, score_caption
-from var_compressor.evaluation.scenes import captions, sample_scenes, truths
+from var_compressor.evaluation.scenes import sample_scenes, truths
 from var_compressor.models.directory import meta_transformer
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.schedule import Schedule
@@ -85,8 +86,11 @@ def run_demo(
     sampling: Sampling,
     on_progress: Progress,
 ) -> DemoResult:
-    """Compress into ``out/artifact``, draw, read, compare; an earlier demo's artifact is replaced."""
+    """Compress into ``out/artifact``, replacing an earlier demo's, draw, read and compare."""
     artifact, seconds = out / "artifact", {}
+    check_kv(recipe.quant.kv, artifact)
+    if not isinstance(sampling.cfg, float | int):
+        raise ValueError("the demo takes one cfg for all levels; set collect.cfg to a number")
     if is_artifact(artifact):
         shutil.rmtree(artifact)
     began = perf_counter()
@@ -176,9 +180,9 @@ def _result(
 
 
 def transformer_bytes(pipeline: InfinityPipeline) -> int:
-    """Bytes of the transformer's tensors; a full-precision one counts as a bf16 pipeline holds it."""
+    """Bytes of all tensors; a full-precision model counts as a bf16 pipeline holds it."""
     model = pipeline.transformer
-    if pipeline.kv_params is None:
+    if not pipeline.is_compressed:
         model = meta_transformer(model.config, torch.bfloat16)
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
@@ -17,13 +19,26 @@ from var_compressor.artifact import write_atomically
 SETTINGS_KEY = "var-compressor"
 
 
-def write_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Write ``image`` whole or not at all, with ``settings`` as JSON in a PNG text field.
+def check_png_path(path: Path) -> None:
+    """Find out before the work that an image can be written: the folder is made.
 
-    Raises: ValueError when the name does not end in .png.
+    Raises: ValueError when the name does not end in .png, OSError when the folder takes no file.
     """
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: images are written as PNG; end the name in .png")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory; give a file name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
+
+
+def write_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Write ``image`` whole or not at all, with ``settings`` as JSON in a PNG text field.
+
+    Raises: as `check_png_path`.
+    """
+    check_png_path(path)
     info = PngInfo()
     info.add_itxt(SETTINGS_KEY, json.dumps({"version": __version__, **settings}))
     buffer = BytesIO()

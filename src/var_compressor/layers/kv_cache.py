@@ -108,10 +108,17 @@ def params_from_tensors(
 ) -> tuple[KVParams, ...]:
     """The inverse, checked against the model.
 
-    Raises: ValueError naming the layer whose tensor is missing, mis-shaped, NaN or not positive.
+    Raises: ValueError naming the layer and tensor that is missing, foreign, mis-shaped, of another
+    dtype, NaN or not positive.
     """
     shape = (config.num_heads, config.head_dim)
     names = [field.name for field in fields(KVParams)]
+    known = {f"{layer:03d}.{name}" for layer in range(config.depth) for name in names}
+    if foreign := sorted(tensors.keys() - known):
+        raise ValueError(
+            f"{where}: holds {foreign[0]}, which a model of {config.depth} layers does not have; "
+            "is it from another model?"
+        )
     params = []
     for layer in range(config.depth):
         one = {}
@@ -123,19 +130,20 @@ def params_from_tensors(
                     f"{where}: layer {layer} {name} is {found}, expected {list(shape)}; "
                     "run `varc calibrate-kv` again"
                 )
-            usable = tensor.isfinite().all() and (tensor.dtype == torch.int32 or tensor.min() > 0)
-            if not usable:
+            is_scale = name.endswith("_scale_HD")
+            dtype = torch.float32 if is_scale else torch.int32
+            if tensor.dtype != dtype:
+                raise ValueError(
+                    f"{where}: layer {layer} {name} is {tensor.dtype}, expected {dtype}; "
+                    "run `varc calibrate-kv` again"
+                )
+            if is_scale and not (tensor.isfinite() & (tensor > 0)).all():
                 raise ValueError(
                     f"{where}: layer {layer} {name} holds values that are not finite and positive; "
                     "run `varc calibrate-kv` again"
                 )
             one[name] = tensor
         params.append(KVParams(**one))
-    if len(tensors) != config.depth * len(names):
-        raise ValueError(
-            f"{where}: has {len(tensors)} tensors, a model of {config.depth} layers needs "
-            f"{config.depth * len(names)}; is it from another model?"
-        )
     return tuple(params)
 
 

@@ -139,10 +139,10 @@ def swap_linears(block: nn.Module, specs: Mapping[str, LinearSpec]) -> None:
         setattr(block.get_submodule(parent), attribute, quantized)
 
 
-def linear_specs(spec: QuantSpec, block: nn.Module) -> dict[str, LinearSpec]:
-    """The linears of a block that are quantized, and how."""
+def linear_specs(spec: QuantSpec, block: nn.Module, index: int) -> dict[str, LinearSpec]:
+    """The linears of block ``index`` that are quantized, and how."""
     named = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    found = {name: spec.for_module(name) for name in named}
+    found = {name: spec.for_module(f"blocks.{index}.{name}") for name in named}
     return {name: chosen for name, chosen in found.items() if chosen is not None}
 
 
@@ -158,7 +158,7 @@ def load_compressed(
     spec = QuantSpec.from_dict(manifest.spec)
     model = meta_transformer(config, dtype)
     for index, block in enumerate(model.blocks):
-        swap_linears(block, linear_specs(spec, block))
+        swap_linears(block, linear_specs(spec, block, index))
         _fill(block, folder / block_file(index), device)
     outside = {n: t for n, t in model.state_dict().items() if not n.startswith("blocks.")}
     _fill(model, folder / TRANSFORMER_FILE, device, expected=outside)
@@ -175,11 +175,18 @@ def _fill(
     expected = module.state_dict() if expected is None else expected
     tensors = read_tensors(path, str(device))
     for name in sorted(expected.keys() | tensors.keys()):
-        wanted = list(expected[name].shape) if name in expected else "nothing"
-        found = list(tensors[name].shape) if name in tensors else "nothing"
+        wanted, found = _kind(expected.get(name)), _kind(tensors.get(name))
         if wanted != found:
             raise ArtifactError(
-                f"{path}: {name} has shape {found}, expected {wanted}; make the artifact again"
+                f"{path}: {name} is {found}, expected {wanted}; make the artifact again"
             )
     state = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
     module.load_state_dict(state, strict=False, assign=True)
+
+
+def _kind(tensor: Tensor | None) -> str:
+    """Shape and, because codes must not be cast, the dtype; all floats count as one."""
+    if tensor is None:
+        return "missing"
+    dtype = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype} {list(tensor.shape)}"

@@ -285,7 +285,7 @@ def new_directory(target: str | Path, *, overwrite: bool) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(exist_ok=True)
-    with _locked(partial):
+    with locked(partial):
         _empty(partial)
         try:
             yield partial
@@ -313,7 +313,11 @@ def _refuse_occupied(target: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only process that writes ``folder``; a kill gives the lock back.
+
+    Raises: CheckpointError when another process has it.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -17,9 +17,6 @@ from var_compressor.models import directory
 from var_compressor.models.checkpoint import CheckpointError, TensorInfo, open_tensors
 from var_compressor.models.config import MODELS
 
-ARTIFACT_MANIFEST = "manifest.json"
-ARTIFACT_FORMAT = "var-compressor"
-
 Infos = Mapping[str, TensorInfo]
 
 
@@ -59,16 +56,17 @@ class Inspection:
 
 
 def inspect_path(path: str | Path, *, with_hashes: bool) -> Inspection:
-    """Look at a checkpoint, a folder of shards, a model directory, an artifact or a T5 folder.
+    """Look at a checkpoint, a folder of shards, a model directory or a T5 folder.
 
-    Only names, shapes and dtypes are read, unless ``with_hashes``.
+    The name of an embedded model stands for its directory. Only names, shapes and dtypes are read,
+    unless ``with_hashes``.
     Raises: CheckpointError when it is none of these, or damaged.
     """
     path = Path(path).expanduser()
+    if str(path) in directory.EMBEDDED and not path.exists():
+        path = directory.resolve(path)
     if (path / directory.MODEL_INDEX).is_file():
         return _inspect_model_directory(path, with_hashes=with_hashes)
-    if (path / ARTIFACT_MANIFEST).is_file():
-        return _inspect_artifact(path, with_hashes=with_hashes)
     return _inspect_tensors(path, with_hashes=with_hashes)
 
 
@@ -90,7 +88,7 @@ def weight_hashes(folder: str | Path) -> dict[str, str]:
     }
 
 
-# --- the four kinds ------------------------------------------------------------------------------
+# --- the kinds -----------------------------------------------------------------------------------
 
 
 def _inspect_tensors(path: Path, *, with_hashes: bool) -> Inspection:
@@ -108,7 +106,7 @@ def _inspect_tensors(path: Path, *, with_hashes: bool) -> Inspection:
         str(path),
         kind.name,
         kind.describe(infos),
-        _parts(infos, kind.part_of),
+        parts_of(infos, kind.part_of),
         tuple(_file(file, root, with_hashes=with_hashes) for file in source.files),
     )
 
@@ -119,44 +117,23 @@ def _inspect_model_directory(path: Path, *, with_hashes: bool) -> Inspection:
     present = ["transformer", *(["vae"] if index.has_vae else [])]
     if index.text_encoder == "":
         present.append("text_encoder")
-    files: list[File] = []
     for name in present:
         inner = _inspect_tensors(path / name, with_hashes=False)
         descriptions.append(inner.description)
         parts += [Part(**{**vars(part), "name": f"{name}: {part.name}"}) for part in inner.parts]
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            files.append(_file(file, path, with_hashes=with_hashes))
     if index.text_encoder:
         descriptions.append(f"text encoder elsewhere: {index.text_encoder}")
     description = "model directory: " + "; ".join(descriptions)
+    files = list_files(path, with_hashes=with_hashes)
     return Inspection(
-        str(path), "model-directory", description, tuple(parts), tuple(files), index.provenance
+        str(path), "model-directory", description, tuple(parts), files, index.provenance
     )
 
 
-def _inspect_artifact(path: Path, *, with_hashes: bool) -> Inspection:
-    manifest = directory.read_json(path / ARTIFACT_MANIFEST)
-    name = str(manifest.get("format", ""))
-    if not name.startswith(ARTIFACT_FORMAT):
-        raise CheckpointError(
-            f"{path / ARTIFACT_MANIFEST}: its format is {name!r}, expected {ARTIFACT_FORMAT!r}"
-        )
-    parts: list[Part] = []
-    for file in sorted(path.rglob("*.safetensors")):
-        source = open_tensors(file)
-        infos = {tensor: source.info(tensor) for tensor in source.names()}
-        label = str(file.relative_to(path))
-        parts += _parts(infos, dict.fromkeys(infos, label).__getitem__)
-    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    return Inspection(
-        str(path),
-        "artifact",
-        f"compressed model, format {name}",
-        tuple(parts),
-        tuple(_file(file, path, with_hashes=with_hashes) for file in files),
-        manifest,
-    )
+def list_files(root: Path, *, with_hashes: bool) -> tuple[File, ...]:
+    """Every file below ``root``."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    return tuple(_file(path, root, with_hashes=with_hashes) for path in files)
 
 
 def _file(path: Path, root: Path, *, with_hashes: bool) -> File:
@@ -164,7 +141,8 @@ def _file(path: Path, root: Path, *, with_hashes: bool) -> File:
     return File(str(path.relative_to(root)), path.stat().st_size, digest)
 
 
-def _parts(infos: Infos, part_of: Callable[[str], str]) -> tuple[Part, ...]:
+def parts_of(infos: Infos, part_of: Callable[[str], str]) -> tuple[Part, ...]:
+    """Sizes of all tensors, grouped by what ``part_of`` calls them."""
     groups: dict[str, list[TensorInfo]] = defaultdict(list)
     for name in sorted(infos):
         groups[part_of(name)].append(infos[name])

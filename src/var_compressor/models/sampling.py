@@ -6,6 +6,7 @@ Source: Infinity's bitwise sampling; the noise reproduces ``torch.multinomial`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,7 +82,9 @@ class Sampling:
 def _per_level(name: str, value: float | Sequence[float], schedule: Schedule) -> tuple[float, ...]:
     num_levels = len(schedule.levels)
     if isinstance(value, (int, float)):
-        return (float(value),) * num_levels
+        value = (value,) * num_levels
+    if bad := [one for one in value if not math.isfinite(one)]:
+        raise ValueError(f"{name} must be finite, got {bad[0]}")
     if len(value) < num_levels:
         raise ValueError(f"{name} has {len(value)} values, the schedule has {num_levels} levels")
     return tuple(map(float, value))

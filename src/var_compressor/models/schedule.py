@@ -6,6 +6,7 @@ Source: the published Infinity tables of dynamic resolutions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -72,9 +73,9 @@ class Schedule:
     def of(aspect_ratio: float, pixel_budget: str) -> Schedule:
         """The schedule whose ratio height / width is nearest to ``aspect_ratio``.
 
-        Raises: ValueError for a ratio that is not positive or a budget that does not exist.
+        Raises: ValueError for a ratio that is not positive and finite, or an unknown budget.
         """
-        if not aspect_ratio > 0:
+        if not 0 < aspect_ratio < math.inf:
             raise ValueError(f"aspect_ratio is {aspect_ratio}; give height / width, e.g. 1 or 0.75")
         if pixel_budget not in PIXEL_BUDGETS:
             raise ValueError(

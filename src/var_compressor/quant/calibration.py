@@ -52,7 +52,16 @@ def record_trace(
     pixel_budget: str | None,
     on_progress: Progress,
 ) -> CalibrationTrace:
-    """Generate once per prompt (image i with ``seed + i``) and keep what was drawn."""
+    """Generate once per prompt (image i with ``seed + i``) and keep what was drawn.
+
+    Raises: ValueError for guidance inside the blocks or an early stop, which a pass over all levels
+    at once cannot repeat.
+    """
+    if set(sampling.cfg_layers) - {0} or sampling.num_levels is not None:
+        raise ValueError(
+            f"calibration guides the logits and draws every level; sampling has cfg_layers "
+            f"{sampling.cfg_layers}, num_levels {sampling.num_levels}"
+        )
     schedule = pipeline.schedule_for(aspect_ratio, pixel_budget)
     recordings = []
     for i, prompt in enumerate(prompts):

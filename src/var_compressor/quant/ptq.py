@@ -15,18 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from var_compressor.artifact import (
-    TRANSFORMER_FILE,
-    ArtifactWriter,
-    Manifest,
-    sha256_of,
-)
+from var_compressor.artifact import TRANSFORMER_FILE, Manifest, artifact_writer
 from var_compressor.layers.kv_cache import KVParams, PlainCache
 from var_compressor.layers.linear import (
     QuantizedLinear,
@@ -36,12 +30,19 @@ from var_compressor.layers.linear import (
 )
 from var_compressor.models import directory
 from var_compressor.models.config import config_to_dict
+from var_compressor.models.inspection import sha256_of
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.schedule import Level, Schedule
 from var_compressor.ops.packing import pack_int4
 from var_compressor.ops.primitives import FORMATS, round_trip
 from var_compressor.pipeline import InfinityPipeline
-from var_compressor.quant.calibration import BlockStream, InputStats, Progress, record_trace
+from var_compressor.quant.calibration import (
+    BlockStream,
+    CalibrationTrace,
+    InputStats,
+    Progress,
+    record_trace,
+)
 from var_compressor.quant.gptq import QuantizedWeight, RoundingOptions, gptq, hessian, rtn
 from var_compressor.quant.kv import KVRange, calibrate_channels, calibrate_shared_percentile
 from var_compressor.quant.lowrank import projection_error, split_low_rank
@@ -90,7 +91,6 @@ class LinearReport:
     beta: float
     low_rank_steps: int
     outlier_ratio: float
-    seconds: float
 
 
 def quantize_model(
@@ -107,22 +107,73 @@ def quantize_model(
     ``base`` is where the pipeline came from (a name or directory), which the artifact refers to
     for VAE and text encoder. A killed run is continued by the same call; ``on_progress`` gets
     (stage, done, total).
-    Raises: ArtifactError when ``out`` holds something else, ValueError for formats without an op.
+    Raises: ArtifactError when ``out`` holds something else, ValueError for a pipeline that is
+    compressed already, formats without an op, or a group size or rank that does not fit a linear.
     """
+    if pipeline.is_compressed:
+        raise ValueError(f"{base}: is compressed already; give the full-precision model")
     model = pipeline.transformer
-    specs = linear_specs(spec, model.blocks[0])
-    for linear_spec in specs.values():
-        check_runnable(linear_spec)
+    num_blocks = len(model.blocks)
+    specs = [linear_specs(spec, block, index) for index, block in enumerate(model.blocks)]
+    for block, block_specs in zip(model.blocks, specs, strict=True):
+        for name, linear_spec in block_specs.items():
+            check_fits(name, block.get_submodule(name), linear_spec)
     manifest = Manifest(
         config=config_to_dict(model.config),
         base=describe_base(base),
         spec=spec.to_dict(),
-        calibration=collection.to_dict(),
+        calibration={**collection.to_dict(), "dtype": str(model.block_dtype).split(".")[1]},
         files={},
     )
-    writer = ArtifactWriter(out, manifest.to_json())
-    num_blocks = len(model.blocks)
-    trace = record_trace(
+    with artifact_writer(out, manifest.to_json()) as writer, torch.inference_mode():
+        trace = record(pipeline, collection, on_progress)
+        stream = BlockStream(pipeline, trace)
+        new_cache = one_layer_cache(pipeline, trace.schedule)
+        for index, block in enumerate(model.blocks):
+            generator = torch.Generator().manual_seed(spec.calibration.seed + index)
+            is_done = writer.has_block(index)
+            wanted = {} if is_done else specs[index]
+            stats = {
+                name: InputStats(spec.calibration.max_tokens_per_level, generator)
+                for name in wanted
+            }
+            stream.run(
+                block,  # type: ignore[arg-type]
+                new_cache,
+                observe=lambda name, x, stats=stats: stats[name].add(x),  # type: ignore[misc]
+                names=list(wanted),
+            )
+            if not is_done:
+                tensors, reports = quantize_block(block, wanted, stats, generator=generator)
+                writer.put_block(index, tensors, {"linears": [asdict(r) for r in reports]})
+            on_progress("quantizing", index + 1, num_blocks)
+        outside = {n: t for n, t in model.state_dict().items() if not n.startswith("blocks.")}
+        writer.put_tensors(TRANSFORMER_FILE, outside)
+        return writer.finish(manifest, num_blocks)
+
+
+def check_fits(name: str, linear: nn.Module, spec: LinearSpec) -> None:
+    """Raises: ValueError naming the linear when formats, groups or rank cannot be had."""
+    assert isinstance(linear, nn.Linear)
+    check_runnable(spec)
+    smaller_side = min(linear.weight.shape)
+    if spec.low_rank.rank > smaller_side:
+        raise ValueError(
+            f"{name}: low_rank.rank {spec.low_rank.rank} does not fit a weight of shape "
+            f"{tuple(linear.weight.shape)}; use 0 to {smaller_side}"
+        )
+    for part in (spec.weight, spec.act):
+        try:
+            resolved_group(part.group_size, linear.in_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def record(
+    pipeline: InfinityPipeline, collection: Collection, on_progress: Progress
+) -> CalibrationTrace:
+    """The collection's generations."""
+    return record_trace(
         pipeline,
         list(collection.prompts.values()),
         seed=collection.seed,
@@ -131,28 +182,6 @@ def quantize_model(
         pixel_budget=collection.pixel_budget,
         on_progress=on_progress,
     )
-    with torch.inference_mode():
-        stream = BlockStream(pipeline, trace)
-        new_cache = one_layer_cache(pipeline, trace.schedule)
-        for index, block in enumerate(model.blocks):
-            generator = torch.Generator().manual_seed(spec.calibration.seed + index)
-            stats = {
-                name: InputStats(spec.calibration.max_tokens_per_level, generator) for name in specs
-            }
-            wanted = [] if writer.has_block(index) else list(specs)
-            stream.run(
-                block,  # type: ignore[arg-type]
-                new_cache,
-                observe=lambda name, x, stats=stats: stats[name].add(x),  # type: ignore[misc]
-                names=wanted,
-            )
-            if wanted:
-                tensors, reports = quantize_block(block, specs, stats, generator=generator)
-                writer.put_block(index, tensors, {"linears": [asdict(r) for r in reports]})
-            on_progress("quantizing", index + 1, num_blocks)
-    outside = {n: t for n, t in model.state_dict().items() if not n.startswith("blocks.")}
-    writer.put_tensors(TRANSFORMER_FILE, outside)
-    return writer.finish(manifest, num_blocks)
 
 
 def one_layer_cache(
@@ -198,15 +227,7 @@ def calibrate_kv(
     Streams like ``quantize_model``: all prompts, all levels that are ever stored, both guidance
     rows, one layer's keys and values at a time. ``pipeline`` may be compressed already.
     """
-    trace = record_trace(
-        pipeline,
-        list(collection.prompts.values()),
-        seed=collection.seed,
-        sampling=collection.sampling,
-        aspect_ratio=collection.aspect_ratio,
-        pixel_budget=collection.pixel_budget,
-        on_progress=on_progress,
-    )
+    trace = record(pipeline, collection, on_progress)
     model, params, reports = pipeline.transformer, [], []
     with torch.inference_mode():
         stream = BlockStream(pipeline, trace)
@@ -249,10 +270,8 @@ def range_snr_db(x_HTD: Tensor, found: KVRange) -> float:
 
 def describe_base(base: str) -> dict[str, Any]:
     """Where the base model is and the hashes of its VAE and transformer files."""
-    folder = directory.resolve(base)
-    source = base if base in directory.EMBEDDED or not folder.exists() else str(folder.absolute())
-    if base in directory.EMBEDDED:
-        source = base
+    folder, given = directory.resolve(base), Path(base).expanduser()
+    source = str(given.absolute()) if folder == given else base
     parts = {
         part: {path.name: sha256_of(path) for path in sorted((folder / part).glob("*.safetensors"))}
         for part in ("transformer", "vae")
@@ -293,7 +312,6 @@ def quantize_linear(
 ) -> tuple[QuantizedLinear, LinearReport]:
     """Smooth, split, round; measured against the linear it replaces on ``x_TK``."""
     assert absmax_K is not None
-    began = monotonic()
     weight_NK = linear.weight.float()
     round_weight = partial(rounded, spec=spec)
     round_act = partial(act_round_trip, spec=spec)
@@ -351,7 +369,6 @@ def quantize_linear(
         beta=smoothing.beta,
         low_rank_steps=len(split.errors),
         outlier_ratio=float(absmax_K.max() / absmax_K.median().clamp_min(1e-12)),
-        seconds=round(monotonic() - began, 3),
     )
     return quantized, report
 
@@ -383,4 +400,5 @@ def act_round_trip(x_TK: Tensor, *, spec: LinearSpec) -> Tensor:
 def snr_db(wanted: Tensor, got: Tensor) -> float:
     """Signal-to-noise ratio in dB; 200 stands for no measurable error."""
     signal, noise = wanted.double().square().sum(), (wanted - got).double().square().sum()
-    return float((10 * torch.log10(signal / noise)).clamp(-200, 200))
+    # a linear whose input is zero throughout has neither
+    return 200.0 if noise == 0 else float((10 * torch.log10(signal / noise)).clamp(-200, 200))
