@@ -246,5 +246,5 @@ def test_codes_are_never_cast(artifact_dir, tmp_path):
     tensors = load_file(file)
     tensors["ffn.fc1.qweight"] = tensors["ffn.fc1.qweight"].float()
     save_file(tensors, file)
-    with pytest.raises(ArtifactError, match="ffn.fc1.qweight is float .*, expected uint8"):
+    with pytest.raises(ArtifactError, match=r"ffn\.fc1\.qweight is float .*, expected uint8"):
         load_compressed(folder, read_manifest(folder), dtype=torch.float32, device="cpu")
