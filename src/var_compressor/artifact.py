@@ -110,9 +110,10 @@ def _checked(content: dict[str, Any]) -> Manifest:
     types: dict[str, tuple[type, ...]] = dict.fromkeys(Manifest.__dataclass_fields__, (dict,))
     types |= {"kv": (dict, type(None)), "created_by": (str,)}
     for key in sorted(types.keys() | content.keys()):
-        if key not in types or not isinstance(content.get(key, ...), types[key]):
+        if key not in types or key not in content or not isinstance(content[key], types[key]):
             wanted = " or ".join(kind.__name__ for kind in types.get(key, ())) or "nothing"
-            raise ValueError(f"{key} is {type(content.get(key, ...)).__name__}, expected {wanted}")
+            found = type(content[key]).__name__ if key in content else "missing"
+            raise ValueError(f"{key} is {found}, expected {wanted}")
     manifest = Manifest(**content)
     config = config_from_dict(InfinityConfig, manifest.config, "config")
     QuantSpec.from_dict(manifest.spec)

@@ -54,6 +54,7 @@ class ModelResult:
 class DemoResult:
     """All that the demo measured; images are [B, 3, Y, X] in [-1, 1]."""
 
+    summary: str
     captions: list[str]
     full: ModelResult
     compressed: ModelResult
@@ -66,6 +67,7 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         return {
+            "compression": self.summary,
             "num_prompts": len(self.captions),
             "full": asdict(self.full),
             "compressed": asdict(self.compressed),
@@ -121,6 +123,7 @@ def run_demo(
         full_result.seconds_per_image + compressed_result.seconds_per_image
     )
     return DemoResult(
+        summary=recipe.quant.summary(),
         captions=texts,
         full=full_result,
         compressed=compressed_result,
@@ -259,7 +262,11 @@ def write_page(result: DemoResult, path: Path) -> None:
             strict=True,
         )
     )
-    page = _PAGE.replace("{rows}", rows).replace("{cards}", cards)
+    page = (
+        _PAGE.replace("{summary}", html.escape(result.summary))
+        .replace("{rows}", rows)
+        .replace("{cards}", cards)
+    )
     write_atomically(path, page.encode())
 
 
@@ -304,8 +311,7 @@ img { width: 50%; border-radius: 6px; }
 figcaption { font-size: .85rem; }
 </style></head><body>
 <h1>Infinity-Tiny, full precision and compressed</h1>
-<p>Left: full precision. Right: 4-bit weights and activations with an INT8 KV cache. Same prompts,
-same seeds; prompts are captions of validation scenes that the model was not trained on.</p>
+<p>Left: full precision. Right: {summary}. Same prompts, same seeds; prompts are captions of validation scenes that the model was not trained on.</p>
 <table><tr><th></th><th>full precision</th><th>compressed</th></tr>
 {rows}
 </table>

@@ -52,6 +52,10 @@ class TextEncoder:
         if self._model is not None:
             return self
         from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils.logging import disable_progress_bar
+
+        # its bar would break ours
+        disable_progress_bar()
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
@@ -120,7 +124,10 @@ class TextEncoder:
     def _cache_path(self, prompt: str) -> Path | None:
         if self.cache_dir is None:
             return None
-        what = [PROMPT_CACHE_VERSION, self.encoder_dir, self.max_length, str(self.dtype), prompt]
+        # a relative path means another folder from elsewhere
+        folder = Path(self.encoder_dir)
+        encoder = str(folder.absolute()) if folder.is_dir() else self.encoder_dir
+        what = [PROMPT_CACHE_VERSION, encoder, self.max_length, str(self.dtype), prompt]
         digest = hashlib.sha256("\0".join(map(str, what)).encode()).hexdigest()
         return self.cache_dir / f"{digest}.safetensors"
 
