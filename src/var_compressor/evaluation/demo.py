@@ -123,7 +123,7 @@ def run_demo(
         full_result.seconds_per_image + compressed_result.seconds_per_image
     )
     return DemoResult(
-        summary=recipe.quant.summary(),
+        summary=f"{recipe.quant.summary()}, {recipe.quant.kv.format.upper()} KV cache",
         captions=texts,
         full=full_result,
         compressed=compressed_result,
@@ -311,7 +311,8 @@ img { width: 50%; border-radius: 6px; }
 figcaption { font-size: .85rem; }
 </style></head><body>
 <h1>Infinity-Tiny, full precision and compressed</h1>
-<p>Left: full precision. Right: {summary}. Same prompts, same seeds; prompts are captions of validation scenes that the model was not trained on.</p>
+<p>Left: full precision. Right: {summary}. Same prompts, same
+seeds; prompts are captions of validation scenes that the model was not trained on.</p>
 <table><tr><th></th><th>full precision</th><th>compressed</th></tr>
 {rows}
 </table>
