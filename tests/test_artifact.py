@@ -28,9 +28,9 @@ from var_compressor.artifact import (
     verify_files,
     write_atomically,
 )
-from var_compressor.models.checkpoint import CheckpointError
 from var_compressor.models.directory import locked
 from var_compressor.models.inspection import sha256_of, to_text
+from var_compressor.models.tensor_files import CheckpointError
 from var_compressor.pipeline import InfinityPipeline
 
 

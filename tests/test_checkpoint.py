@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from tiny import make_t5, random_text, tiny_config, tiny_pipeline
 from var_compressor.cli import app
 from var_compressor.models.checkpoint import (
-    CheckpointError,
     load_official_transformer,
     to_official,
     transformer_names,
@@ -29,6 +28,7 @@ from var_compressor.models.convert import WriteOptions, convert_official, init_r
 from var_compressor.models.directory import MODEL_INDEX, meta_transformer, meta_vae, read_index
 from var_compressor.models.inspection import inspect_path, sha256_of
 from var_compressor.models.random_init import random_tensor, random_tensors
+from var_compressor.models.tensor_files import CheckpointError
 from var_compressor.pipeline import InfinityPipeline
 
 CONFIG = tiny_config()

@@ -17,8 +17,9 @@ from var_compressor import cli
 from var_compressor.artifact import read_manifest
 from var_compressor.evaluation.agreement import bit_agreement
 from var_compressor.evaluation.captions import captions
-from var_compressor.evaluation.reader import Reader, caption_accuracy, score_caption
+from var_compressor.evaluation.reader import Reader
 from var_compressor.evaluation.scenes import sample_scenes, truths
+from var_compressor.evaluation.scores import caption_accuracy, score_caption
 from var_compressor.models.sampling import Sampling
 from var_compressor.pipeline import InfinityPipeline
 

@@ -33,8 +33,8 @@ from var_compressor.artifact import (
 from var_compressor.compress import calibrate_cache
 from var_compressor.layers.kv_cache import PlainCache, params_to_tensors
 from var_compressor.layers.linear import QuantizedLinear
-from var_compressor.models.checkpoint import CheckpointError
 from var_compressor.models.sampling import Sampling
+from var_compressor.models.tensor_files import CheckpointError
 from var_compressor.pipeline import InfinityPipeline
 from var_compressor.quant.kv import calibrate_channels
 from var_compressor.quant.ptq import calibrate_kv, quantize_linear, quantize_model, snr_db

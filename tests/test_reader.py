@@ -9,19 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from var_compressor.evaluation.reader import (
-    Reader,
-    ReaderConfig,
-    Reading,
-    ReadObject,
+from var_compressor.evaluation.reader import Reader, ReaderConfig, Reading, ReadObject, reader_loss
+from var_compressor.evaluation.rendering import render
+from var_compressor.evaluation.scenes import BACKGROUNDS, sample_scenes, truths
+from var_compressor.evaluation.scores import (
     caption_accuracy,
     frechet_distance,
     match_objects,
-    reader_loss,
     score_caption,
 )
-from var_compressor.evaluation.rendering import render
-from var_compressor.evaluation.scenes import BACKGROUNDS, sample_scenes, truths
 
 TINY = ReaderConfig(widths=(8, 16, 24, 32), num_blocks=1)
 

@@ -22,15 +22,10 @@ from loop import machine, save_json
 from torch import Tensor
 
 from var_compressor.evaluation.captions import captions
-from var_compressor.evaluation.reader import (
-    CaptionScore,
-    Reader,
-    Reading,
-    frechet_distance,
-    score_caption,
-)
+from var_compressor.evaluation.reader import Reader, Reading
 from var_compressor.evaluation.rendering import render
 from var_compressor.evaluation.scenes import HELD_OUT, SceneTruth, sample_scenes, truths
+from var_compressor.evaluation.scores import CaptionScore, frechet_distance, score_caption
 from var_compressor.models.bits import quantize_latent
 from var_compressor.models.sampling import Sampling
 from var_compressor.pipeline import InfinityPipeline

@@ -25,14 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from var_compressor.evaluation.reader import (
-    Reader,
-    ReaderConfig,
-    caption_accuracy,
-    match_objects,
-    reader_loss,
-    score_caption,
-)
+from var_compressor.evaluation.reader import Reader, ReaderConfig, reader_loss
 from var_compressor.evaluation.rendering import render
 from var_compressor.evaluation.scenes import (
     SPLIT_CAPACITY,
@@ -41,6 +34,7 @@ from var_compressor.evaluation.scenes import (
     sample_scenes,
     truths,
 )
+from var_compressor.evaluation.scores import caption_accuracy, match_objects, score_caption
 
 SEEDS_APART = 1 << 28  # scenes between the first ones of two seeds
 PEAK_LEARNING_RATE = 3e-3

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from var_compressor.evaluation.captions import captions
-from var_compressor.evaluation.reader import Reader, caption_accuracy, score_caption
+from var_compressor.evaluation.reader import Reader
 from var_compressor.evaluation.rendering import render
 from var_compressor.evaluation.scenes import sample_scenes, truths
+from var_compressor.evaluation.scores import caption_accuracy, score_caption
 from var_compressor.models.bits import Pyramid, quantize_latent, teacher_inputs
 from var_compressor.models.config import MODELS, config_to_dict
 from var_compressor.models.sampling import Sampling

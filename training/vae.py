@@ -21,9 +21,10 @@ from loop import Run, machine, save_grid, save_json, save_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from var_compressor.evaluation.reader import Reader, match_objects, reader_loss
+from var_compressor.evaluation.reader import Reader, reader_loss
 from var_compressor.evaluation.rendering import render
 from var_compressor.evaluation.scenes import SceneBatch, sample_scenes, truths
+from var_compressor.evaluation.scores import match_objects
 from var_compressor.models.bits import quantize_latent
 from var_compressor.models.config import MODELS, config_to_dict
 from var_compressor.models.schedule import Schedule

@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from var_compressor import __version__
-from var_compressor.models.checkpoint import open_tensors
 from var_compressor.models.config import InfinityConfig, config_from_dict
 from var_compressor.models.directory import locked
 from var_compressor.models.inspection import Inspection, list_files, parts_of, sha256_of
+from var_compressor.models.tensor_files import open_tensors
 from var_compressor.spec import QuantSpec
 
 FORMAT = "var-compressor/1"

@@ -29,16 +29,13 @@ from var_compressor.layers.kv_cache import (
 from var_compressor.layers.linear import QuantizedLinear, load_compressed
 from var_compressor.models import directory
 from var_compressor.models.bits import Pyramid, teacher_inputs
-from var_compressor.models.checkpoint import (
-    CheckpointError,
-    load_official_transformer,
-    load_official_vae,
-)
+from var_compressor.models.checkpoint import load_official_transformer, load_official_vae
 from var_compressor.models.config import ModelConfig
 from var_compressor.models.convert import model_config
 from var_compressor.models.inspection import sha256_of
 from var_compressor.models.sampling import Sampling, draw_noise, sample_bits, seeded_generators
 from var_compressor.models.schedule import Level, Schedule
+from var_compressor.models.tensor_files import CheckpointError
 from var_compressor.models.text_encoder import TextEncoder
 from var_compressor.models.transformer import Infinity, TextContext, TextFeatures, combine
 from var_compressor.models.vae import VAE

@@ -24,8 +24,9 @@ from var_compressor.artifact import is_artifact, write_atomically
 from var_compressor.compress import calibrate_cache, check_kv, open_pipeline, quantize
 from var_compressor.evaluation.agreement import BitAgreement, bit_agreement, psnr_db, ssim
 from var_compressor.evaluation.captions import captions
-from var_compressor.evaluation.reader import CaptionScore, Reader, caption_accuracy, score_caption
+from var_compressor.evaluation.reader import Reader
 from var_compressor.evaluation.scenes import sample_scenes, truths
+from var_compressor.evaluation.scores import CaptionScore, caption_accuracy, score_caption
 from var_compressor.models.directory import meta_transformer
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.schedule import Schedule

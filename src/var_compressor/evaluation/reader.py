@@ -1,10 +1,9 @@
-"""The reader: a small network that reads a scene's objects and background back from a picture, and
-what is scored with it.
+"""The reader: a small network that reads a scene's objects and background back from a picture.
 
 It is trained on renders (`training/reader.py`), so what it says about a generated picture is as
 good as its measured accuracy on fresh renders, which stands in `metrics.json` beside its weights.
-It has three uses: caption accuracy (`score_caption`), a Fréchet distance between two sets of
-pictures (`Reader.features`), and a perceptual loss for training an image codec
+It has three uses: caption accuracy and a Fréchet distance between two sets of pictures
+(`scores.py`), and a perceptual loss for training an image codec
 (`Reader.feature_maps`).
 
 Shapes: B pictures, C channels, H W pixels, Y X cells of 16x16 pixels, O object slots, N pictures of
@@ -13,10 +12,8 @@ a set, F features.
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections import Counter
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +31,6 @@ from var_compressor.evaluation.scenes import (
     SHAPES,
     SIZES,
     SceneBatch,
-    SceneTruth,
 )
 
 EMBEDDED = Path(__file__).parents[1] / "assets/infinity-tiny/reader/model.safetensors"
@@ -51,11 +47,6 @@ MIN_CONFIDENCE = 0.4
 MAX_DETECTIONS = 8
 # pixels; the centres of two true objects are at least 63 apart
 MIN_CENTER_DISTANCE = 36.0
-# a detection belongs to a true object when its centre is within this share of the object's radius
-MATCH_RADIUS = 0.5
-# pixels by which one centre must lie to the side of another for a stated relation to hold
-RELATION_MARGIN = 12.0
-
 
 # ---------------------------------------------------------------- the network
 
@@ -287,15 +278,11 @@ def _reading(
     """Detections by falling confidence, without those near a surer one."""
     kept: list[ReadObject] = []
     for score, x, y, indices in zip(scores, xs, ys, attributes, strict=True):
-        near = any(_distance(thing.center, (x, y)) < MIN_CENTER_DISTANCE for thing in kept)
+        near = any(math.dist(thing.center, (x, y)) < MIN_CENTER_DISTANCE for thing in kept)
         if score >= MIN_CONFIDENCE and not near:
             shape, color, material, size = indices
             kept.append(ReadObject(shape, color, material, size, (x, y), score))
     return Reading(tuple(kept), background)
-
-
-def _distance(a_xy: tuple[float, float], b_xy: tuple[float, float]) -> float:
-    return ((a_xy[0] - b_xy[0]) ** 2 + (a_xy[1] - b_xy[1]) ** 2) ** 0.5
 
 
 # ---------------------------------------------------------------- training loss
@@ -359,126 +346,3 @@ def _center_loss(logit_BYX: Tensor, distance2_BYX: Tensor, is_center_BYX: Tensor
     hit_BYX = (1 - score_BYX).square() * F.logsigmoid(logit_BYX)
     miss_BYX = (1 - bump_BYX) ** 4 * score_BYX.square() * F.logsigmoid(-logit_BYX)
     return -torch.where(is_center_BYX, hit_BYX, miss_BYX).sum() / is_center_BYX.sum()
-
-
-# ---------------------------------------------------------------- scores
-
-
-@dataclass(frozen=True)
-class CaptionScore:
-    """Of one picture: how many of its caption's objects are in it, and whether all of the caption
-    is true of it.
-    """
-
-    objects_right: int
-    num_objects: int
-    caption_right: bool
-
-
-@dataclass(frozen=True)
-class CaptionAccuracy:
-    """Over a set of pictures: the share of objects and of captions that are right, from 0 to 1."""
-
-    objects: float
-    captions: float
-    num_images: int
-
-
-def match_objects(reading: Reading, truth: SceneTruth, *, by_position: bool) -> int:
-    """How many true objects were read with shape, colour, material and size all right.
-
-    With `by_position`, each must be found within half of its radius from its true centre; without,
-    anywhere (a multiset match), which is what a picture generated from a caption allows.
-    """
-    if not by_position:
-        wanted, found = (
-            Counter(thing.attributes for thing in side.objects) for side in (truth, reading)
-        )
-        return (wanted & found).total()
-    unused = list(reading.objects)
-    num_right = 0
-    for thing in truth.objects:
-        nearest = min(unused, key=lambda seen: _distance(seen.center, thing.center), default=None)
-        if nearest is None or _distance(nearest.center, thing.center) > MATCH_RADIUS * thing.radius:
-            continue
-        unused.remove(nearest)
-        num_right += nearest.attributes == thing.attributes
-    return num_right
-
-
-def score_caption(reading: Reading, truth: SceneTruth) -> CaptionScore:
-    """Whether what was read fits the caption of `truth`, wherever in the picture the objects are.
-
-    The caption is right when the number of objects, all their attributes, the background and the
-    stated relations are.
-    """
-    objects_right = match_objects(reading, truth, by_position=False)
-    complete = objects_right == len(truth.objects) == len(reading.objects)
-    caption_right = (
-        complete and reading.background == truth.background and _relations_hold(reading, truth)
-    )
-    return CaptionScore(objects_right, len(truth.objects), caption_right)
-
-
-def _relations_hold(reading: Reading, truth: SceneTruth) -> bool:
-    """Whether some assignment of detections to true objects of equal attributes fulfils every
-    stated relation.
-    """
-    for order in itertools.permutations(reading.objects):
-        same = all(
-            seen.attributes == thing.attributes
-            for seen, thing in zip(order, truth.objects, strict=True)
-        )
-        if same and all(
-            _holds(order[r.subject].center, r.kind, order[r.object].center) for r in truth.relations
-        ):
-            return True
-    return False
-
-
-def _holds(subject_xy: tuple[float, float], kind: str, object_xy: tuple[float, float]) -> bool:
-    axis = 0 if kind in ("left", "right") else 1
-    lead = object_xy[axis] - subject_xy[axis]
-    return (lead if kind in ("left", "above") else -lead) >= RELATION_MARGIN
-
-
-def caption_accuracy(scores: Sequence[CaptionScore]) -> CaptionAccuracy:
-    """Raises: ValueError for an empty list, of which no share exists."""
-    if not scores:
-        raise ValueError("caption_accuracy got no scores; read at least one picture")
-    num_objects = sum(score.num_objects for score in scores)
-    objects = sum(score.objects_right for score in scores) / num_objects
-    return CaptionAccuracy(
-        objects, sum(score.caption_right for score in scores) / len(scores), len(scores)
-    )
-
-
-def frechet_distance(features_a_NF: Tensor, features_b_NF: Tensor) -> float:
-    """Fréchet distance of the normal distributions fitted to two sets of features; computed in
-    float64, >= 0.
-
-    Tr sqrt(A B) is taken as the sum of the singular values of L_A^T L_B, where A = L_A L_A^T and B
-    = L_B L_B^T are found by symmetric eigen-decomposition: no square root of a non-symmetric
-    product, and singular covariances do no harm.
-    Raises: ValueError when the sets have other numbers of features or fewer than two rows.
-    Source: M. Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", arXiv:1706.08500.
-    """
-    a_NF, b_NF = features_a_NF.double(), features_b_NF.double()
-    if a_NF.shape[1] != b_NF.shape[1] or min(len(a_NF), len(b_NF)) < 2:
-        raise ValueError(
-            f"features are {tuple(a_NF.shape)} and {tuple(b_NF.shape)}; "
-            "give two equally wide sets of two rows or more"
-        )
-    mean_term = (a_NF.mean(0) - b_NF.mean(0)).square().sum()
-    cov_a_FF, cov_b_FF = a_NF.T.cov(), b_NF.T.cov()
-    cross_FF = _factor(cov_a_FF).T @ _factor(cov_b_FF)
-    overlap = torch.linalg.svdvals(cross_FF).sum()
-    return max(float(mean_term + cov_a_FF.trace() + cov_b_FF.trace() - 2 * overlap), 0.0)
-
-
-def _factor(covariance_FF: Tensor) -> Tensor:
-    """L with L L^T equal to the covariance, from which rounding may have taken positive
-    semi-definiteness.
-    """
-    values_F, vectors_FF = torch.linalg.eigh(covariance_FF)
-    return vectors_FF * values_F.clamp(min=0.0).sqrt()

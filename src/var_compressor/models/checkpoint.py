@@ -9,30 +9,18 @@ Source: tensor names of the published Infinity checkpoints (github.com/Foundatio
 
 from __future__ import annotations
 
-import ctypes
-import json
 import math
-import mmap
-import pickle
 import re
-import sys
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from var_compressor.models.config import InfinityConfig
+from var_compressor.models.tensor_files import CheckpointError, TensorSource, open_tensors
 from var_compressor.models.transformer import Infinity
 from var_compressor.models.vae import VAE
-
-
-class CheckpointError(ValueError):
-    """A weight file that cannot be used; the message names file, tensor, shapes and a way out."""
-
 
 # --- name maps: ours -> official tensors that are concatenated along dim 0 ----------------------
 
@@ -79,28 +67,11 @@ _IN_BLOCK = {
     "ffn.fc2.weight": ("ffn.fc2.weight",),
     "ffn.fc2.bias": ("ffn.fc2.bias",),
 }
-_SAFETENSORS_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 # in official files without being weights: derived tables and masks
 _IGNORED = re.compile(
     r"(.*\.)?(lvl_1L|attn_bias_for_masking|Infinity_visible_kvlen|Infinity_invisible_qlen"
     r"|quantizer?\.lfq\.mask|quantize\.lfq\.mask)$"
 )
-
-# in order of preference; other frameworks' indexes may lie beside them
-_SHARD_INDEXES = ("*.safetensors.index.json", "*.bin.index.json", "*.pth.index.json")
 
 NameMap = dict[str, tuple[str, ...]]
 
@@ -154,227 +125,6 @@ def _official_vae_name(name: str, last: int) -> str:
     name = name.replace(".step.conv.", f".{step}.conv.").replace(".shortcut.", ".nin_shortcut.")
     wrapper = "norm" if re.search(r"\.norm(1|2|_out)\.", name) else "conv"
     return re.sub(r"\.(weight|bias)$", rf".{wrapper}.\1", name)
-
-
-# --- reading files -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a file says of a tensor: its shape and dtype ("float32", …)."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class TensorSource(Protocol):
-    """Named tensors of a file or folder, read one at a time."""
-
-    where: str
-    files: tuple[Path, ...]
-
-    def names(self) -> set[str]: ...
-
-    def info(self, name: str) -> TensorInfo: ...
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor: ...
-
-
-class _TorchFile:
-    """A ``torch.save`` file, memory-mapped; only tensors and plain containers are accepted."""
-
-    def __init__(self, path: Path, sub_keys: tuple[tuple[str, ...], ...]) -> None:
-        self.where = str(path)
-        self.files: tuple[Path, ...] = (path,)
-        content = _load_torch_zip(path)
-        for keys in sub_keys:
-            inner = content
-            for key in keys:
-                inner = inner.get(key) if isinstance(inner, dict) else None
-            if isinstance(inner, dict):
-                content = inner
-                break
-        if not isinstance(content, dict):
-            raise CheckpointError(
-                f"{path}: holds a {type(content).__name__}, expected a state dict"
-            )
-        self._tensors = {
-            str(name): value for name, value in content.items() if isinstance(value, Tensor)
-        }
-
-    def names(self) -> set[str]:
-        return set(self._tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        tensor = self._tensors[name]
-        return TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        stored = self._tensors[name]
-        if stored.is_meta or stored.layout != torch.strided:
-            raise CheckpointError(f"{self.where}: {name} is a tensor without plain data")
-        if stored.dtype == dtype:
-            return stored
-        converted = stored.to(dtype)
-        _unmap_pages(stored)
-        return converted
-
-
-def _load_torch_zip(path: Path) -> object:
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head.startswith(b"version https://"):
-        raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull`")
-    if not head.startswith(b"PK"):
-        raise CheckpointError(
-            f"{path}: not a checkpoint that torch.save writes (it begins with {head[:8]!r}); "
-            "download it again, or re-save it with torch 1.6 or later"
-        )
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused, it holds more than tensors ({_first_line(error)}); "
-            "re-save its state dict with torch.save(model.state_dict())"
-        ) from None
-    # a damaged pickle makes the unpickler stumble in any way there is
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: not a readable torch checkpoint ({_first_line(error)}); "
-            "is the download complete?"
-        ) from None
-
-
-def _unmap_pages(mapped: Tensor) -> None:
-    """Take a memory-mapped tensor's pages out of this process; reading it maps them again."""
-    if not sys.platform.startswith("linux"):
-        return
-    storage = mapped.untyped_storage()
-    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if length > 0:
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-class _SafetensorsFiles:
-    """One or several files, of which one is open at a time, so that its pages can be let go."""
-
-    def __init__(self, files: dict[str, Path], where: str) -> None:
-        self.where = where
-        self.files = tuple(sorted(set(files.values())))
-        self._files = files
-        self._open_path: Path | None = None
-        for path in self.files:
-            promised = {name for name, file in files.items() if file == path}
-            if lacking := promised.difference(_open_safetensors(path).keys()):
-                raise CheckpointError(f"{path}: lacks {min(lacking)}, which the index promises")
-
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def info(self, name: str) -> TensorInfo:
-        view = self._file_with(name).get_slice(name)
-        dtype = view.get_dtype()
-        return TensorInfo(tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype))
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self._file_with(name).get_tensor(name).to(dtype)
-
-    def _file_with(self, name: str) -> Any:
-        path = self._files[name]
-        if path != self._open_path:
-            self._open_file = _open_safetensors(path)
-            self._open_path = path
-        return self._open_file
-
-
-class _TorchShards:
-    """Files of ``torch.save``, of which one is open at a time."""
-
-    def __init__(self, files: dict[str, Path], where: str) -> None:
-        self.where = where
-        self.files = tuple(sorted(set(files.values())))
-        self._files = files
-        self._open_path: Path | None = None
-
-    def names(self) -> set[str]:
-        return set(self._files)
-
-    def info(self, name: str) -> TensorInfo:
-        return self._file_with(name).info(name)
-
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        return self._file_with(name).read(name, dtype)
-
-    def _file_with(self, name: str) -> _TorchFile:
-        path = self._files[name]
-        if path != self._open_path:
-            if not path.is_file():
-                raise CheckpointError(f"{path}: no such file, though the index names it")
-            self._open_file = _TorchFile(path, ())
-            self._open_path = path
-        if name not in self._open_file.names():
-            raise CheckpointError(f"{path}: lacks {name}, which the index promises")
-        return self._open_file
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file, though the index names it") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable safetensors file ({error}); is the download complete?"
-        ) from None
-
-
-def open_tensors(path: str | Path, *, sub_keys: tuple[tuple[str, ...], ...] = ()) -> TensorSource:
-    """Open a checkpoint file, or a folder with safetensors or a shard index.
-
-    ``sub_keys`` are places inside a ``torch.save`` dict to look for the state dict first.
-    Raises: CheckpointError for anything that is missing, foreign or truncated.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    if path.suffix == ".safetensors":
-        return _SafetensorsFiles(dict.fromkeys(_open_safetensors(path).keys(), path), str(path))
-    return _TorchFile(path, sub_keys)
-
-
-def _open_folder(path: Path) -> TensorSource:
-    if indexes := [index for kind in _SHARD_INDEXES for index in sorted(path.glob(kind))]:
-        files = _read_index(indexes[0])
-        if all(file.suffix == ".safetensors" for file in files.values()):
-            return _SafetensorsFiles(files, str(path))
-        return _TorchShards(files, str(path))
-    singles = sorted(path.glob("*.safetensors"))
-    if len(singles) == 1:
-        return open_tensors(singles[0])
-    raise CheckpointError(
-        f"{path}: a folder with {len(singles)} .safetensors files and no shard index "
-        "(*.safetensors.index.json or *.bin.index.json); expected one of either"
-    )
-
-
-def _read_index(index: Path) -> dict[str, Path]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a shard index ({error})") from None
-    for file in set(files.values()):
-        if Path(file).name != file:
-            raise CheckpointError(f"{index}: refused, the shard {file!r} lies outside the folder")
-    return {name: index.parent / file for name, file in files.items()}
 
 
 # --- assigning -----------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from var_compressor import __version__
-from var_compressor.models.checkpoint import CheckpointError, load_own
+from var_compressor.models.checkpoint import load_own
 from var_compressor.models.config import (
     MODELS,
     InfinityConfig,
@@ -38,6 +38,7 @@ from var_compressor.models.config import (
     config_from_dict,
     config_to_dict,
 )
+from var_compressor.models.tensor_files import CheckpointError
 from var_compressor.models.transformer import Infinity
 from var_compressor.models.vae import VAE
 

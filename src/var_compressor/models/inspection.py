@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from var_compressor.models import directory
-from var_compressor.models.checkpoint import CheckpointError, TensorInfo, open_tensors
 from var_compressor.models.config import MODELS
+from var_compressor.models.tensor_files import CheckpointError, TensorInfo, open_tensors
 
 Infos = Mapping[str, TensorInfo]
 
