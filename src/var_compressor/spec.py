@@ -107,7 +107,10 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """What is kept of the recorded inputs: at most so many tokens per level, drawn by `seed`."""
+    """What is kept of a linear's recorded inputs, drawn by `seed`.
+
+    At most `max_tokens_per_level` tokens of each level, the same share of every prompt.
+    """
 
     seed: int = 0
     max_tokens_per_level: int = 4096

@@ -125,6 +125,7 @@ def quantize_model(
         calibration={**collection.to_dict(), "dtype": str(model.block_dtype).split(".")[1]},
         files={},
     )
+    sample_per_call = max(1, spec.calibration.max_tokens_per_level // len(collection.prompts))
     with artifact_writer(out, manifest.to_json()) as writer, torch.inference_mode():
         trace = record(pipeline, collection, on_progress)
         stream = BlockStream(pipeline, trace)
@@ -133,10 +134,7 @@ def quantize_model(
             generator = torch.Generator().manual_seed(spec.calibration.seed + index)
             is_done = writer.has_block(index)
             wanted = {} if is_done else specs[index]
-            stats = {
-                name: InputStats(spec.calibration.max_tokens_per_level, generator)
-                for name in wanted
-            }
+            stats = {name: InputStats(sample_per_call, generator) for name in wanted}
             stream.run(
                 block,  # type: ignore[arg-type]
                 new_cache,
