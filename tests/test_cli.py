@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
 from var_compressor import cli
 from var_compressor.doctor import compute_paths
@@ -181,3 +182,12 @@ def test_import_offers_names_without_torch() -> None:
         "else: raise SystemExit('no AttributeError')\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+COMMANDS = sorted(c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "version"])
+def test_every_command_shows_an_example(command: str) -> None:
+    shown = " ".join(CliRunner().invoke(cli.app, [command, "--help"]).output.split())
+    assert f"Example: varc {command} " in shown

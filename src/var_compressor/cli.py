@@ -46,7 +46,10 @@ app = typer.Typer(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tell what this machine can run, and why."""
+    """Tell what this machine can run, and why.
+
+    Example: varc doctor --json
+    """
     import json
 
     from var_compressor.doctor import examine, to_text
@@ -82,7 +85,11 @@ def convert(
     dtype: _Dtype = StoredDtype.bf16,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Turn official checkpoint files into a model directory."""
+    """Turn official checkpoint files into a model directory.
+
+    Example: varc convert --model infinity-2b --transformer infinity_2b_reg.pth
+    --vae infinity_vae_d32reg.pth --text-encoder google/flan-t5-xl --out infinity-2b
+    """
     from var_compressor.models.convert import convert_official, model_config, num_bytes
 
     config = model_config(model)
@@ -111,7 +118,10 @@ def init(
     dtype: _Dtype = StoredDtype.bf16,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Write a random model of an exact architecture, for memory and speed work."""
+    """Write a random model of an exact architecture, for memory and speed work.
+
+    Example: varc init infinity-8b --no-vae --out random-8b
+    """
     from var_compressor.models.convert import init_random, model_config, num_bytes
 
     config = model_config(model)
@@ -128,7 +138,10 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     hashes: Annotated[bool, typer.Option("--hashes", help="Add the files' sha256.")] = False,
 ) -> None:
-    """Tell what a checkpoint, model directory or artifact is: parts, sizes, provenance."""
+    """Tell what a checkpoint, model directory or artifact is: parts, sizes, provenance.
+
+    Example: varc inspect infinity-tiny --json
+    """
     import json
 
     from var_compressor.artifact import inspect_artifact, is_artifact, is_unfinished
@@ -268,6 +281,7 @@ def generate(
         device=chosen,
         text_encoder_cache=prompt_cache,
     )
+    num_levels = len(pipeline.schedule_for(aspect_ratio, pixel_budget).levels)
     with _progress() as on_progress:
         generation = pipeline.generate(
             prompt,
@@ -278,7 +292,7 @@ def generate(
             pixel_budget=pixel_budget,
             text_encoder="release" if release_text_encoder else "keep",
             vae_strip_rows=strip_rows,
-            on_level=lambda level, latent: on_progress("level", level.index + 1, 0),
+            on_level=lambda level, latent: on_progress("level", level.index + 1, num_levels),
         )
     shared = {"model": model, "cfg": cfg, "tau": tau, "top_p": top_p, "negative": negative}
     shared |= {"aspect_ratio": aspect_ratio, "pixel_budget": pixel_budget}
@@ -298,7 +312,10 @@ def demo(
         list[str] | None, typer.Argument(help="key=value on top of the demo's recipe.")
     ] = None,
 ) -> None:
-    """Compress Infinity-Tiny, draw the same prompts with both models, and compare them."""
+    """Compress Infinity-Tiny, draw the same prompts with both models, and compare them.
+
+    Example: varc demo --num-prompts 8 quant.weight.rounding=gptq --out out/gptq
+    """
     import json
 
     from rich.console import Console
@@ -362,7 +379,7 @@ def _progress() -> Iterator[Progress]:
 
         def on_progress(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total or None)
+                tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done)
 
         yield on_progress
