@@ -12,7 +12,8 @@ from tiny import COLLECTION, QUICK_SPEC, make_model
 from var_compressor.artifact import put_kv
 from var_compressor.layers.kv_cache import params_to_tensors
 from var_compressor.pipeline import InfinityPipeline
-from var_compressor.quant.ptq import calibrate_kv, quantize_model
+from var_compressor.quant.kv_calibration import calibrate_kv
+from var_compressor.quant.ptq import quantize_model
 
 
 @pytest.fixture(scope="session")

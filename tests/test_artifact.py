@@ -296,7 +296,7 @@ def test_inspect_tells_base_formats_sizes_and_origin(folder, model_dir, artifact
     found = inspect_artifact(folder, with_hashes=True)
     assert found.kind == "artifact"
     assert f"compressed {model_dir}" in found.description
-    assert "W4A4 g64 rank 8 (cross_attn.kv W4A16 g64 rank 8); INT8 KV cache" in found.description
+    assert "W4A4 g64 rank 8 (cross_attn.kv W4A16 g64 rank 8" in found.description
     assert "16-bit KV cache" in inspect_artifact(artifact_dir, with_hashes=False).description
 
     tensors = {}
@@ -323,8 +323,12 @@ def test_inspect_tells_base_formats_sizes_and_origin(folder, model_dir, artifact
 def test_the_summary_of_a_spec():
     from var_compressor.spec import PRESETS
 
-    assert PRESETS["naive"].summary() == "W4A4 g64 rank 0 (cross_attn.kv W4A16 g64 rank 0)"
-    assert PRESETS["w8a8"].summary() == "W8A8 per row rank 32"
+    assert PRESETS["naive"].summary() == (
+        "W4A4 g64 rank 0 (cross_attn.kv W4A16 g64 rank 0, ffn.fc2 W4A4 g64 rank 0 uint4)"
+    )
+    assert PRESETS["w8a8"].summary() == (
+        "W8A8 per row rank 32 (cross_attn.kv W8A16 per row rank 32)"
+    )
     assert PRESETS["w4a16"].summary() == "W4A16 g64 rank 32"
     assert PRESETS["nvfp4"].summary().startswith("W4A4 g16 rank 32 nvfp4 (cross_attn.kv W4A16")
     assert QUICK_SPEC.summary().startswith("W4A4 g64 rank 8")

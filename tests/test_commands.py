@@ -97,8 +97,8 @@ def test_recipes_that_cannot_be_are_one_line(varc, tmp_path, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("recipes/svdquant/nvfp4.yaml",), "weight format nvfp4 with input format nvfp4 has no op"),
-        (("recipes/model/infinity-tiny-w16.yaml", "recipes/svdquant/int8.yaml"), "has no op yet"),
+        ((INT4, "quant.weight.group_size=96", "quant.act.group_size=64"), "do not nest"),
+        ((INT4, "quant.act.format=uint4"), "uint4 holds only what GELU puts out"),
         ((INT4, "model.device=gpu"), "device 'gpu' is unknown"),
         ((INT4, "model.path=nowhere/else/x"), "nowhere/else/x: no such directory"),
         ((INT4, "collect.num_prompts=100000"), "asked for 100000 prompts"),

@@ -48,6 +48,7 @@ def straightforward_logits(pipeline, text, negative, bits, sampling):
     model, config = pipeline.transformer, pipeline.transformer.config
     schedule = Schedule.of(1.0, config.pixel_budget)
     context = model.embed_text(text, negative or model.unconditional_text(text))
+    context = model.with_cross_kv(context)
     batch, cache = len(text.lens), PlainAttention()
     rope = model.rotary_table(schedule)
     latent, all_logits = 0, []

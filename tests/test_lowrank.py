@@ -8,10 +8,16 @@ import torch
 from quant_golden import joined, load_golden, tokens
 from var_compressor.ops.primitives import FORMATS, quantize_dynamic, round_trip
 from var_compressor.quant import lowrank
-from var_compressor.quant.lowrank import projection_error, split_low_rank, truncate_exact
+from var_compressor.quant.lowrank import split_low_rank, truncate_exact
 
 grouping = {"format": FORMATS["sint4"], "group_size": 64, "scale_dtype": torch.float32}
 int4 = partial(round_trip, **grouping)
+
+
+def projection_error(weight_NK, x_TK, qx_TK, up_NR, down_RK, qresidual_NK):
+    """|| qx qresidual^T + x (up down)^T - x weight^T ||^2, the branch reading x itself."""
+    y_TN = qx_TK @ qresidual_NK.T + x_TK @ (up_NR @ down_RK - weight_NK).T
+    return float(y_TN.square().sum(dtype=torch.float64))
 
 
 def split(weight_NK, x_TK, **changes):
@@ -76,23 +82,26 @@ def test_exact_truncation_equals_the_svd(shape):
 def test_truncation_survives_a_deficient_matrix():
     matrix_NK = torch.zeros(20, 30)
     matrix_NK[3, 4] = 2.0
+    rng = torch.Generator().manual_seed(0)
     for factors in (
         truncate_exact(matrix_NK, rank=5),
         truncate_exact(matrix_NK.T, rank=5),
+        lowrank.truncate_subspace(matrix_NK, rank=5, start_KP=None, generator=rng),
+        lowrank.truncate_subspace(matrix_NK.T, rank=5, start_KP=None, generator=rng),
     ):
         assert error_of(matrix_NK if len(factors.up_NR) == 20 else matrix_NK.T, factors) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["flat", "outlier columns", "decaying"])
 @pytest.mark.parametrize("shape", [(600, 576), (544, 900)])
-def test_krylov_is_within_one_percent_of_the_svd_at_every_step(kind, shape):
+def test_subspace_iteration_is_within_one_percent_of_the_svd_at_every_step(kind, shape):
     """Cold on the weight, then warm on what each refinement step hands over."""
     weight_NK, rank = spectrum(kind, *shape), 32
     residual_int4 = partial(round_trip, **(grouping | {"group_size": shape[1] // 4}))
     generator = torch.Generator().manual_seed(0)
     target_NK, basis_KP = weight_NK, None
     for _ in range(3):
-        factors = lowrank.truncate_krylov(
+        factors = lowrank.truncate_subspace(
             target_NK, rank=rank, start_KP=basis_KP, generator=generator
         )
         assert error_of(target_NK, factors) <= 1.01 * svd_error(target_NK, rank)
@@ -102,7 +111,46 @@ def test_krylov_is_within_one_percent_of_the_svd_at_every_step(kind, shape):
         target_NK = weight_NK - residual_int4(weight_NK - factors.up_NR @ factors.down_RK)
 
 
-def test_refinement_by_krylov_ends_like_refinement_by_svd(monkeypatch):
+@pytest.mark.parametrize("size", [48, 300])
+def test_a_batch_is_factorised_like_its_matrices(size):
+    """Exactly up to 192, by subspace iteration beyond."""
+    matrices_CNK = torch.stack([spectrum(kind, size, 320) for kind in ("flat", "decaying")])
+    together = lowrank.truncate(
+        matrices_CNK, rank=8, start_KP=None, generator=torch.Generator().manual_seed(0)
+    )
+    for i, matrix_NK in enumerate(matrices_CNK):
+        alone = lowrank.truncate(
+            matrix_NK, rank=8, start_KP=None, generator=torch.Generator().manual_seed(0)
+        )
+        torch.testing.assert_close(
+            together.up_NR[i] @ together.down_RK[i], alone.up_NR @ alone.down_RK, rtol=0, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("shape", [(48, 64, 100), (300, 320, 500), (40, 64, 5)])
+def test_the_refitted_branch_is_the_best_of_its_rank_at_the_output(shape):
+    """No rank-R matrix lowers the refit's measure further: the optimum is known in closed form
+    from the singular values of what the measure weighs (Eckart-Young)."""
+    N, K, T = shape
+    rng = torch.Generator().manual_seed(2)
+    missing_NK = torch.randn(N, K, generator=rng)
+    x_TK = torch.randn(T, K, generator=rng) * torch.exp(torch.randn(K, generator=rng))
+    ridge = lowrank._RIDGE * x_TK.double().square().sum() / K
+    measure_SK = torch.cat([x_TK.double(), ridge.sqrt() * torch.eye(K, dtype=torch.float64)])
+
+    def left(up_NR, down_RK):
+        return float(
+            (measure_SK @ (missing_NK.double() - up_NR.double() @ down_RK.double()).T).norm()
+        )
+
+    found = left(*lowrank.refit_branch(missing_NK, x_TK, rank=6, generator=rng))
+    best = float(torch.linalg.svdvals(measure_SK @ missing_NK.double().T)[6:].norm())
+    assert best * (1 - 1e-6) <= found <= 1.01 * best
+    plain = truncate_exact(missing_NK, rank=6)
+    assert found < left(plain.up_NR, plain.down_RK)
+
+
+def test_refinement_by_subspace_iteration_ends_like_refinement_by_svd(monkeypatch):
     rng = torch.Generator().manual_seed(5)
     weight_NK = spectrum("outlier columns", 256, 320)
     x_TK = torch.randn(40, 320, generator=rng)

@@ -26,30 +26,147 @@ def test_symmetric_codes_and_scales_equal_the_original(name, source, format, gro
     codes, scales = primitives.quantize_dynamic(x, **options)
     assert torch.equal(codes, golden["codes"])
     assert torch.equal(scales.flatten(), golden["scale"].flatten())
-    dequantized = primitives.dequantize_symmetric(codes, scales)
+    dequantized = primitives.dequantize_symmetric(codes, scales, format=FORMATS[format])
     assert torch.equal(dequantized.to(x.dtype), golden["dequant"])
     assert torch.equal(primitives.round_trip(x, **options), dequantized)
 
 
+NVFP4 = {"format": FORMATS["nvfp4"], "group_size": 16, "scale_dtype": torch.bfloat16}
+
+
 def test_nvfp4_weight_equals_the_original():
     golden = load_golden("nvfp4_weight_a")
-    weight_NK = golden["weight"]
-    scale = primitives.choose_nvfp4_tensor_scale(weight_NK, scale_dtype=weight_NK.dtype)
-    codes_NK, scales_NG = primitives.quantize_nvfp4(weight_NK, tensor_scale=scale)
-    assert torch.equal(scale, golden["scale.0"].squeeze())
-    assert torch.equal(scales_NG.float().flatten(), golden["scale.1"].flatten())
-    values = torch.tensor(primitives.E2M1_VALUES)[codes_NK.int()]
-    assert torch.equal(values, golden["fp4_values"])
-    dequantized = primitives.dequantize_nvfp4(codes_NK, scales_NG, tensor_scale=scale)
-    assert torch.equal(dequantized, golden["dequant"])
+    weight_NK, format = golden["weight"], FORMATS["nvfp4"]
+    tensor_scale = primitives.choose_tensor_scale(weight_NK, format=format)
+    assert torch.equal(tensor_scale, golden["scale.0"].squeeze())
+    scales_NG = primitives.choose_scales(weight_NK, **NVFP4, tensor_scale=tensor_scale)
+    stored_NG = primitives.stored_scales(
+        scales_NG, dtype=torch.float8_e4m3fn, tensor_scale=tensor_scale
+    )
+    assert torch.equal(stored_NG.float().flatten(), golden["scale.1"].flatten())
+    assert torch.equal(primitives.effective_scales(stored_NG, tensor_scale), scales_NG)
+    codes_NK = primitives.quantize_symmetric(weight_NK, scales_NG, format=format)
+    values_NK = torch.tensor(primitives.E2M1_VALUES)[codes_NK.int()]
+    assert torch.equal(values_NK, golden["fp4_values"])
+    dequantized_NK = primitives.dequantize_symmetric(codes_NK, scales_NG, format=format)
+    assert torch.equal(dequantized_NK, golden["dequant"])
+    found_NK = primitives.round_trip(weight_NK, **NVFP4, tensor_scale=tensor_scale)
+    assert torch.equal(found_NK, golden["dequant"])
 
 
 def test_nvfp4_activation_equals_the_original_even_where_a_scale_underflows():
     golden = load_golden("nvfp4_act_a")
-    codes, scales = primitives.quantize_nvfp4(golden["x"], tensor_scale=None)
-    assert (scales.float() == 0).sum() == 1
-    dequantized = primitives.dequantize_nvfp4(codes, scales, tensor_scale=None)
+    codes, scales = primitives.quantize_dynamic(golden["x"], **NVFP4)
+    assert torch.equal(scales.flatten(), golden["scale"].flatten())
+    underflowing = codes.view(*scales.shape, 16)[scales == 1]
+    assert len(underflowing) == 1 and not underflowing.any()
+    dequantized = primitives.dequantize_symmetric(codes, scales, format=FORMATS["nvfp4"])
     assert torch.equal(dequantized, golden["dequant"])
+    assert torch.equal(primitives.round_trip(golden["x"], **NVFP4), golden["dequant"])
+
+
+def test_e2m1_codes_are_the_hardware_s_and_midpoints_go_up():
+    table = {
+        0.0: 0, 0.24: 0, 0.25: 1, 0.5: 1, 0.75: 2, 1.25: 3, 1.75: 4, 2.4: 4, 2.5: 5, 3.5: 6,
+        4.9: 6, 5.0: 7, 99.0: 7, -0.25: 0, -0.3: 9, -0.75: 9, -1.0: 10, -1.75: 11, -1.8: 12,
+        -2.5: 12, -3.5: 13, -5.0: 14, -5.1: 15, -99.0: 15,
+    }  # fmt: skip
+    x_1K = torch.tensor([list(table)])
+    codes_1K = primitives.quantize_symmetric(x_1K, torch.ones(1, 1), format=FORMATS["nvfp4"])
+    assert codes_1K.tolist() == [list(table.values())]
+
+
+def mixed_weights(*batch):
+    """Matrices of very different ranges, with a zero group, a tiny one and a zero matrix."""
+    rng = torch.Generator().manual_seed(3)
+    x = torch.randn(*batch, 5, 96, generator=rng)
+    if batch:
+        x *= torch.logspace(-4, 3, batch[0]).view(-1, *[1] * (x.ndim - 1))
+        x[0] = 0
+    x[..., 1, :32] = 0
+    x[..., 2, :32] *= 1e-6
+    return x
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("batch", [(), (4,), (3, 2)])
+def test_a_batch_equals_the_loop_over_its_matrices(format, batch):
+    fmt, x = FORMATS[format], mixed_weights(*batch)
+    options = {"format": fmt, "group_size": 16, "scale_dtype": torch.bfloat16}
+    tensor_scale = primitives.choose_tensor_scale(x, format=fmt)
+    scales = primitives.choose_scales(x, **options, tensor_scale=tensor_scale)
+    codes = primitives.quantize_symmetric(x, scales, format=fmt)
+    found = primitives.round_trip(x, **options, tensor_scale=tensor_scale)
+    for i, matrix in enumerate(x.view(-1, 5, 96)):
+        scale = primitives.choose_tensor_scale(matrix, format=fmt)
+        alone = primitives.choose_scales(matrix, **options, tensor_scale=scale)
+        assert torch.equal(scales.view(-1, 5, 6)[i], alone)
+        expected = primitives.quantize_symmetric(matrix, alone, format=fmt)
+        assert torch.equal(codes.view(-1, 5, 96)[i].float(), expected.float())
+        expected = primitives.dequantize_symmetric(expected, alone, format=fmt)
+        assert torch.equal(found.view(-1, 5, 96)[i], expected)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_to_the_grid_equals_codes_and_back(format, dtype):
+    fmt = FORMATS[format]
+    x_MK = mixed_weights()
+    scales_MG = primitives.choose_scales(x_MK, format=fmt, group_size=16, scale_dtype=dtype)
+    # a smaller range clips
+    for scale_MG in (scales_MG, scales_MG * 0.7):
+        codes_MK = primitives.quantize_symmetric(x_MK.to(dtype), scale_MG, format=fmt)
+        assert codes_MK.dtype == fmt.code_dtype
+        assert torch.equal(
+            primitives.round_to_grid(x_MK.to(dtype), scale_MG, format=fmt),
+            primitives.dequantize_symmetric(codes_MK, scale_MG, format=fmt),
+        )
+
+
+@pytest.mark.parametrize("magnitude", [1e-4, 1.0, 3e4])
+def test_scales_survive_storage(magnitude):
+    """Groups that are zero or underflow beside the largest have an effective scale of 1."""
+    weight_NK, format = mixed_weights() * magnitude, FORMATS["nvfp4"]
+    tensor_scale = primitives.choose_tensor_scale(weight_NK, format=format)
+    scales_NG = primitives.choose_scales(weight_NK, **NVFP4, tensor_scale=tensor_scale)
+    assert (scales_NG == 1).sum() >= 4
+    stored_NG = primitives.stored_scales(
+        scales_NG, dtype=torch.float8_e4m3fn, tensor_scale=tensor_scale
+    )
+    assert torch.equal(primitives.effective_scales(stored_NG, tensor_scale), scales_NG)
+
+
+def test_formats_with_one_level_of_scales_have_no_tensor_scale():
+    for name, format in FORMATS.items():
+        found = primitives.choose_tensor_scale(torch.ones(2, 16), format=format)
+        assert (found is None) == (name != "nvfp4")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_gpu_rounds_alike_and_is_never_waited_for(format):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    fmt, x = FORMATS[format], mixed_weights(4)
+    options = {"format": fmt, "group_size": 16, "scale_dtype": torch.bfloat16}
+
+    def rounded(x):
+        tensor_scale = primitives.choose_tensor_scale(x, format=fmt)
+        scales = primitives.choose_scales(x, **options, tensor_scale=tensor_scale)
+        codes = primitives.quantize_symmetric(x, scales, format=fmt)
+        back = primitives.dequantize_symmetric(codes, scales, format=fmt)
+        return back, primitives.round_trip(x, **options, tensor_scale=tensor_scale)
+
+    on_gpu = x.cuda()
+    # the first call makes the tables
+    rounded(on_gpu)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = rounded(on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, expected in zip(found, rounded(x), strict=True):
+        assert torch.equal(ours.cpu(), expected)
 
 
 @pytest.mark.parametrize("format", ["sint4", "sint8", "fp8_e4m3"])
@@ -123,7 +240,9 @@ def test_misuse_is_named():
     x_MK = torch.ones(2, 10)
     with pytest.raises(ValueError, match=r"10 channels .* groups of 4"):
         primitives.split_groups(x_MK, group_size=4)
-    with pytest.raises(ValueError, match="use quantize_nvfp4"):
+    with pytest.raises(ValueError, match="nvfp4 has groups of 16, got group size 10"):
         primitives.choose_scales(
             x_MK, format=FORMATS["nvfp4"], group_size=10, scale_dtype=torch.float32
         )
+    with pytest.raises(ValueError, match="3 scales per row do not divide 10 channels"):
+        primitives.quantize_symmetric(x_MK, torch.ones(2, 3), format=FORMATS["sint4"])

@@ -92,13 +92,51 @@ def test_w4a8_with_one_scale_per_token_equals_float64(rng, M, K, N, group_size):
 
 
 @pytest.mark.parametrize(("M", "K", "N", "group_size"), SHAPES)
-def test_w4a16_equals_float64(rng, M, K, N, group_size):
+def test_unsigned_codes_are_multiplied_exactly(rng, M, K, N, group_size):
+    """15 * 7 everywhere, the largest dots there are; powers of two as scales round nothing."""
+    codes_MK = torch.full((M, K), 15, dtype=torch.int8)
+    wcodes_NK = torch.where(torch.rand(N, K, generator=rng) < 0.5, -7, 7).to(torch.int8)
+    scales = [
+        2.0 ** torch.randint(-2, 3, (rows, K // group_size), generator=rng) for rows in (M, N)
+    ]
+    nothing_MR, nothing_NR = torch.empty(M, 0), torch.empty(N, 0)
+    y_MN = reference.gemm_w4a4(
+        codes_MK, scales[0], pack_int4(wcodes_NK), scales[1], nothing_MR, nothing_NR, None
+    )
+    wanted_MN = expected_gemm(
+        codes_MK, scales[0], wcodes_NK, scales[1], nothing_MR, nothing_NR, torch.zeros(N)
+    )
+    assert torch.equal(y_MN.double(), wanted_MN)
+
+
+@pytest.mark.parametrize(("x_groups", "w_groups"), [(1, 6), (6, 1), (3, 6), (6, 2), (1, 1)])
+@pytest.mark.parametrize("nbits", [4, 8])
+def test_integers_are_exact_whichever_side_has_more_groups(rng, x_groups, w_groups, nbits):
+    qmax = 2 ** (nbits - 1) - 1
+    codes_MK = torch.randint(-127, 128, (35, 384), generator=rng).to(torch.int8)
+    wcodes_NK = torch.randint(-qmax, qmax + 1, (9, 384), generator=rng).to(torch.int8)
+    xscales_MG = 2.0 ** torch.randint(-1, 1, (35, x_groups), generator=rng)
+    wscales_NG = 2.0 ** torch.randint(-1, 1, (9, w_groups), generator=rng)
+    nothing_MR, nothing_NR, zero_N = torch.empty(35, 0), torch.empty(9, 0), torch.zeros(9)
+    gemm, qweight = reference.gemm_w8a8, wcodes_NK
+    if nbits == 4:
+        gemm, qweight = reference.gemm_w4a4, pack_int4(wcodes_NK)
+    y_MN = gemm(codes_MK, xscales_MG, qweight, wscales_NG, nothing_MR, nothing_NR, None)
+    wanted_MN = expected_gemm(
+        codes_MK, xscales_MG, wcodes_NK, wscales_NG, nothing_MR, nothing_NR, zero_N
+    )
+    assert torch.equal(y_MN.double(), wanted_MN)
+
+
+@pytest.mark.parametrize(("M", "K", "N", "group_size"), SHAPES)
+def test_the_product_of_dequantized_sides_equals_float64(rng, M, K, N, group_size):
     wcodes_NK, wscales_NG, _, down_RK, up_NR, bias_N = make_linear(
         rng, K=K, N=N, group_size=group_size, rank=3
     )
     x_MK = torch.randn(M, K, generator=rng)
     low_MR = x_MK @ down_RK.T
-    y_MN = reference.gemm_w4a16(x_MK, pack_int4(wcodes_NK), wscales_NG, low_MR, up_NR, bias_N)
+    weight_NK = primitives.dequantize_symmetric(wcodes_NK, wscales_NG, format=FORMATS["sint4"])
+    y_MN = reference.gemm_dequantized(x_MK, weight_NK, low_MR, up_NR, bias_N)
     unit_MG = torch.ones(M, 1)
     wanted_MN = expected_gemm(x_MK, unit_MG, wcodes_NK, wscales_NG, low_MR, up_NR, bias_N)
     torch.testing.assert_close(y_MN.double(), wanted_MN, rtol=1e-5, atol=2e-5)
@@ -139,8 +177,8 @@ def test_shift_is_undone_by_the_bias_and_halves_the_step(rng):
     wcodes_NK, wscales_NG, smooth_K, down_RK, up_NR, bias_N = make_linear(
         rng, K=K, N=N, group_size=64, rank=4
     )
-    weight_NK = primitives.dequantize_symmetric(wcodes_NK, wscales_NG) + up_NR @ down_RK
-    weight_NK = weight_NK / smooth_K
+    residual_NK = primitives.dequantize_symmetric(wcodes_NK, wscales_NG, format=FORMATS["sint4"])
+    weight_NK = (residual_NK + up_NR @ down_RK) / smooth_K
     wanted_MN = x_MK.double() @ weight_NK.double().T + bias_N.double()
     errors = {}
     for format, used_shift in (("sint4", 0.0), ("uint4", shift)):
@@ -215,6 +253,16 @@ def test_misuse_is_named(rng):
     with pytest.raises(ValueError, match="96 channels in 3 groups, the weight 64 in 2"):
         reference.gemm_w4a4(
             codes_MK, torch.ones(2, 3), pack_int4(wcodes_NK), wscales_NG, low_MR, up_NR, bias_N
+        )
+    with pytest.raises(ValueError, match="64 channels in 4 groups, the weight 64 in 3"):
+        reference.gemm_w8a8(
+            codes_MK[:, :64],
+            torch.ones(2, 4),
+            wcodes_NK,
+            torch.ones(4, 3),
+            low_MR,
+            up_NR,
+            bias_N,
         )
     with pytest.raises(ValueError, match="flatten"):
         reference.quantize_act(

@@ -7,10 +7,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from var_compressor.recipe import load_recipe
 from var_compressor.spec import (
+    ACT_FORMATS,
+    GELU_SHIFT,
     MODULES,
     PRESETS,
     WEIGHT_FORMATS,
@@ -29,6 +33,21 @@ from var_compressor.spec import (
 def test_preset_is_valid_and_survives_json(name: str) -> None:
     spec = PRESETS[name].validate()
     assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("recipe", "preset"),
+    [
+        ("fp8", "fp8"),
+        ("int4", "svdquant"),
+        ("int8", "w8a8"),
+        ("nvfp4", "nvfp4"),
+        ("w4a16", "w4a16"),
+        ("w4a8", "w4a8"),
+    ],
+)
+def test_a_recipe_and_its_preset_are_one(recipe: str, preset: str) -> None:
+    assert load_recipe([f"recipes/svdquant/{recipe}.yaml"], []).quant == PRESETS[preset]
 
 
 formats = st.sampled_from(sorted(WEIGHT_FORMATS))
@@ -57,7 +76,10 @@ def test_any_valid_spec_survives_json_and_resolves_every_linear(spec: QuantSpec)
     for name in MODULES:
         linear = spec.for_module(f"blocks.3.{name}")
         if linear is not None:
-            # what a rule asks for must itself be a valid whole-model choice
+            # what a rule asks for must itself be a valid whole-model choice, but for uint4
+            if linear.act.format == "uint4":
+                assert name == "ffn.fc2"
+                linear = replace(linear, act=replace(linear.act, format="sint4"))
             whole = QuantSpec(linear.weight, linear.act, linear.low_rank, linear.smooth)
             assert whole.validate() is whole
 
@@ -67,7 +89,8 @@ def test_default_table_quantizes_every_linear_and_leaves_text_inputs_at_16_bits(
     for name, linear in linears.items():
         assert linear is not None
         assert (linear.weight.format, linear.weight.group_size) == ("sint4", 64)
-        assert linear.act.format == (None if name == "cross_attn.kv" else "sint4")
+        expected = {"cross_attn.kv": None, "ffn.fc2": "uint4"}.get(name, "sint4")
+        assert linear.act.format == expected
         assert linear.low_rank.rank == 32
         assert linear.smooth.enabled
 
@@ -101,6 +124,31 @@ def test_naive_has_neither_branch_nor_smoothing() -> None:
     assert not linear.smooth.enabled
 
 
+def test_only_unsigned_inputs_are_shifted_by_the_depth_of_gelu() -> None:
+    spec = QuantSpec()
+    signed = replace(spec, act=replace(spec.act, allow_unsigned=False))
+    for name in MODULES:
+        linear = spec.for_module(f"blocks.7.{name}")
+        assert linear is not None
+        assert signed.for_module(f"blocks.7.{name}").act.format in ("sint4", None)
+        is_unsigned = name == "ffn.fc2"
+        assert (linear.act.format == "uint4") == is_unsigned
+        assert linear.shift == (GELU_SHIFT if is_unsigned else 0.0)
+    x = torch.linspace(-5, 5, 100_001, dtype=torch.float64)
+    for approximate in ("none", "tanh"):
+        lowest = torch.nn.functional.gelu(x, approximate=approximate).amin()
+        assert 0 < lowest + GELU_SHIFT < 0.002
+    assert float(torch.tensor(GELU_SHIFT).bfloat16()) == GELU_SHIFT
+
+
+@pytest.mark.parametrize("pattern", ["ffn.fc2", "*.fc2", "blocks.3.ffn.fc2", "blocks.*.ffn.fc2"])
+def test_uint4_may_be_given_to_any_rule_for_fc2(pattern: str) -> None:
+    spec = replace(QuantSpec(), exceptions=(ModuleRule(pattern, act="uint4"),)).validate()
+    linear = spec.for_module("blocks.3.ffn.fc2")
+    assert linear is not None
+    assert linear.act == ActSpec("uint4", ACT_FORMATS["uint4"])
+
+
 def test_specs_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         QuantSpec().weight = WeightSpec()  # type: ignore[misc]
@@ -129,6 +177,14 @@ def test_specs_are_frozen() -> None:
         ({"modules": [{"pattern": "fnn.fc1"}]}, "modules[0].pattern", "did you mean 'ffn.fc1'"),
         ({"modules": [{"pattern": "blocks.0.fc9"}]}, "modules[0].pattern", "matches no linear"),
         ({"modules": [{"pattern": "*", "act": "x"}]}, "modules[0].act", "unknown number format"),
+        ({"act": {"format": "uint4"}}, "act.format", "in a rule for ffn.fc2 alone"),
+        ({"modules": [{"pattern": "*", "act": "uint4"}]}, "modules[0].act", "uint4 holds only"),
+        (
+            {"exceptions": [{"pattern": "blocks.1.ffn.fc1", "act": "uint4"}]},
+            "exceptions[0].act",
+            "what GELU puts out",
+        ),
+        ({"exceptions": [{"pattern": "ffn.*", "act": "uint4"}]}, "exceptions[0].act", "alone"),
         ({"calibration": {"max_tokens_per_level": 0}}, "calibration.max_tokens_per_level", "1"),
     ],
 )

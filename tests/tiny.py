@@ -21,7 +21,7 @@ from var_compressor.models.sampling import Sampling
 from var_compressor.models.text_encoder import TextEncoder
 from var_compressor.models.transformer import TextFeatures
 from var_compressor.pipeline import InfinityPipeline
-from var_compressor.quant.ptq import Collection
+from var_compressor.quant.recording import Collection
 from var_compressor.spec import CalibrationSpec, LowRankSpec, QuantSpec, SmoothSpec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,7 +32,7 @@ TEXT_CHANNELS = 128
 QUICK_SPEC = QuantSpec(
     low_rank=LowRankSpec(rank=8, max_iters=2),
     smooth=SmoothSpec(num_grids=3),
-    calibration=CalibrationSpec(max_tokens_per_level=64),
+    calibration=CalibrationSpec(max_tokens_per_level=64, max_attention_tokens=600),
 )
 COLLECTION = Collection({"0": "a red cat", "1": "a cat"}, 3, Sampling(cfg=2.0, tau=0.7))
 

@@ -37,7 +37,9 @@ MANIFEST = "manifest.json"
 TRANSFORMER_FILE = "transformer.safetensors"
 KV_FILE = "kv_cache.safetensors"
 REPORT_FILE = "report.json"
+# of an unfinished run only: what determines it, and the generations it calibrates on
 _RESUME_FILE = "resume.json"
+TRACE_FILE = "trace.safetensors"
 
 
 class ArtifactError(ValueError):
@@ -261,6 +263,7 @@ class ArtifactWriter:
         write_json(self.folder / MANIFEST, manifest.to_json())
         for index in range(num_blocks):
             self._report_path(index).unlink()
+        (self.folder / TRACE_FILE).unlink(missing_ok=True)
         (self.folder / _RESUME_FILE).unlink()
         return manifest
 
@@ -322,6 +325,7 @@ def _flat(content: Any, prefix: str = "") -> dict[str, str]:
 _PARTS = {
     "smooth_factor": "smoothing factors",
     "wscales": "weight scales",
+    "wtscale": "weight scales",
     "proj_down": "low-rank branches",
     "proj_up": "low-rank branches",
 }

@@ -9,8 +9,6 @@ import errno
 import os
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -18,14 +16,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from var_compressor import __version__
+from var_compressor.terminal import byte_progress, print_plan, print_run, progress
 
 if TYPE_CHECKING:
     import torch
-    from rich.progress import TaskID
 
     from var_compressor.models.convert import WriteOptions
     from var_compressor.models.directory import OnTensor
-    from var_compressor.quant.calibration import Progress
     from var_compressor.recipe import Recipe
 
 INTERRUPTED = 130
@@ -94,7 +91,7 @@ def convert(
 
     config = model_config(model)
     total = num_bytes(config, _torch_dtype(dtype), with_vae=True)
-    with _byte_progress("converting", total) as on_tensor:
+    with byte_progress("converting", total) as on_tensor:
         convert_official(
             config,
             out,
@@ -126,7 +123,7 @@ def init(
 
     config = model_config(model)
     total = num_bytes(config, _torch_dtype(dtype), with_vae=vae)
-    with _byte_progress("writing", total) as on_tensor:
+    with byte_progress("writing", total) as on_tensor:
         options = _write_options(dtype, overwrite, on_tensor)
         init_random(config, out, seed=seed, with_vae=vae, options=options)
     typer.echo(f"wrote {out}")
@@ -164,17 +161,6 @@ def _write_options(dtype: StoredDtype, overwrite: bool, on_tensor: OnTensor) -> 
     return WriteOptions(_torch_dtype(dtype), overwrite=overwrite, on_tensor=on_tensor)
 
 
-@contextmanager
-def _byte_progress(what: str, total_bytes: int) -> Iterator[OnTensor]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total_bytes)
-        yield lambda name, num_bytes: progress.advance(task, num_bytes)
-
-
 @app.command()
 def quantize(
     recipes: Annotated[
@@ -184,26 +170,53 @@ def quantize(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Show the resolved recipe, and stop.")
     ] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Show what becomes of each linear, and stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    gpu_activations: Annotated[
+        str | None,
+        typer.Option(help="Hidden states kept on the GPU, e.g. 4GiB; 40 % of it by default."),
+    ] = None,
+    ram_activations: Annotated[
+        str | None,
+        typer.Option(help="Hidden states kept in RAM, then on disk; half of what is free."),
+    ] = None,
 ) -> None:
     """Compress a model: 4-bit weights and activations with a low-rank branch (SVDQuant).
 
     Example: varc quantize recipes/model/infinity-tiny.yaml recipes/collect/tiny.yaml
     recipes/svdquant/int4.yaml --out out/tiny-w4a4
 
-    A run that was cut off goes on when the same command is given again.
+    One block at a time is in memory. A run that was cut off goes on when the same command is given
+    again. Several GPUs: torchrun --nproc-per-node N --no-python varc quantize …
     """
     recipe = _load_recipe(recipes)
     if print_config:
         typer.echo(recipe.to_yaml(), nl=False)
         return
-    if out is None:
+    if out is None and not plan_only:
         raise ValueError("--out is missing; name the directory to write the artifact to")
     from var_compressor.compress import quantize as run
+    from var_compressor.compress import transformer_config
+    from var_compressor.quant.activations import MemoryBounds
+    from var_compressor.quant.plan import plan
+    from var_compressor.quant.team import team_of_environment
 
-    with _progress() as on_progress:
-        manifest = run(recipe, out, on_progress=on_progress)
-    typer.echo(f"wrote {out}: transformer {manifest.num_weight_bytes / 2**20:.1f} MiB")
-    if recipe.quant.kv.format == "int8":
+    planned = plan(recipe.quant, transformer_config(recipe.model, may_be_absent=plan_only))
+    if out is None or plan_only:
+        print_plan(planned, as_json=as_json, stderr=False)
+        return
+    memory = MemoryBounds.of(gpu=gpu_activations, ram=ram_activations)
+    with team_of_environment() as team:
+        if team.is_first:
+            print_plan(planned, as_json=False, stderr=True)
+        with progress(quiet=not team.is_first) as on_progress:
+            manifest = run(recipe, out, on_progress=on_progress, memory=memory, team=team)
+    if not team.is_first:
+        return
+    print_run(out, planned.before_bytes, manifest.num_weight_bytes, as_json=as_json)
+    if recipe.quant.kv.format == "int8" and not as_json:
         typer.echo(f"next: varc calibrate-kv {shlex.join(recipes)} --artifact {out}")
 
 
@@ -219,7 +232,7 @@ def calibrate_kv(
     """
     from var_compressor.compress import calibrate_cache
 
-    with _progress() as on_progress:
+    with progress() as on_progress:
         manifest = calibrate_cache(_load_recipe(recipes), artifact, on_progress=on_progress)
     assert manifest.kv is not None
     worst = min(manifest.kv["layers"], key=lambda layer: min(layer["k_snr_db"], layer["v_snr_db"]))
@@ -282,7 +295,7 @@ def generate(
         text_encoder_cache=prompt_cache,
     )
     num_levels = len(pipeline.schedule_for(aspect_ratio, pixel_budget).levels)
-    with _progress() as on_progress:
+    with progress() as on_progress:
         generation = pipeline.generate(
             prompt,
             seed=seed,
@@ -340,7 +353,7 @@ def demo(
     )
     collect = recipe.collect
     sampling = Sampling(cfg=collect.cfg, tau=collect.tau, top_k=collect.top_k, top_p=collect.top_p)
-    with _progress() as on_progress:
+    with progress() as on_progress:
         result = run_demo(
             recipe,
             out,
@@ -364,25 +377,6 @@ def _load_recipe(words: list[str]) -> Recipe:
     from var_compressor.recipe import load_recipe, split_arguments
 
     return load_recipe(*split_arguments(words))
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar per stage on stderr, with the time left; `on_progress(stage, done, total)` moves it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def on_progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield on_progress
 
 
 @app.command()

@@ -7,13 +7,20 @@ from pathlib import Path
 
 import torch
 
-from var_compressor.artifact import Manifest, put_kv, read_manifest
+from var_compressor.artifact import Manifest, is_artifact, put_kv, read_manifest
 from var_compressor.layers.kv_cache import params_to_tensors
+from var_compressor.models.config import InfinityConfig
+from var_compressor.models.convert import model_config
+from var_compressor.models.directory import resolve
 from var_compressor.models.sampling import Sampling
 from var_compressor.pipeline import InfinityPipeline
 from var_compressor.prompts import load_prompts, select_prompts
+from var_compressor.quant.activations import MemoryBounds
 from var_compressor.quant.calibration import Progress
-from var_compressor.quant.ptq import Collection, calibrate_kv, quantize_model
+from var_compressor.quant.kv_calibration import calibrate_kv
+from var_compressor.quant.ptq import quantize_model
+from var_compressor.quant.recording import Collection
+from var_compressor.quant.team import SOLO, Team, local_device
 from var_compressor.recipe import CollectSpec, ModelSource, Recipe
 from var_compressor.spec import KVSpec
 
@@ -50,12 +57,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def open_pipeline(source: ModelSource) -> InfinityPipeline:
-    """The model of a recipe.
+def open_pipeline(source: ModelSource, *, stream_blocks: bool = False) -> InfinityPipeline:
+    """The model of a recipe; ``stream_blocks`` leaves its blocks on disk, to be read one by one.
 
     Raises: ValueError for paths that do not go together.
     """
-    device = choose_device(source.device)
+    device = local_device(choose_device(source.device))
     dtype = choose_dtype(source.dtype, device)
     if source.vae_path is not None:
         if source.path is None:
@@ -73,7 +80,26 @@ def open_pipeline(source: ModelSource) -> InfinityPipeline:
             "model.text_encoder_path goes with official files (model.vae_path); a model directory "
             "names its own"
         )
-    return InfinityPipeline.from_pretrained(source.path or source.name, dtype=dtype, device=device)
+    return InfinityPipeline.from_pretrained(
+        source.path or source.name, dtype=dtype, device=device, stream_blocks=stream_blocks
+    )
+
+
+def transformer_config(source: ModelSource, *, may_be_absent: bool) -> InfinityConfig:
+    """The shape of a recipe's model as its files say, or its name where it has none.
+
+    Raises: ValueError for a model that is compressed already or, unless it may be absent, missing.
+    """
+    from var_compressor.models.directory import read_transformer_config
+
+    if source.path is None or source.vae_path is not None:
+        return model_config(source.name).transformer
+    path = Path(source.path).expanduser()
+    if may_be_absent and not path.exists():
+        return model_config(source.name).transformer
+    if is_artifact(path):
+        raise ValueError(f"{path}: is compressed already; give the full-precision model")
+    return read_transformer_config(resolve(source.path) / "transformer")
 
 
 def collection_of(collect: CollectSpec) -> Collection:
@@ -85,8 +111,15 @@ def collection_of(collect: CollectSpec) -> Collection:
     return Collection(prompts, collect.seed, sampling, collect.aspect_ratio, collect.pixel_budget)
 
 
-def quantize(recipe: Recipe, out: Path, *, on_progress: Progress) -> Manifest:
-    """Compress the recipe's model into ``out``.
+def quantize(
+    recipe: Recipe,
+    out: Path,
+    *,
+    on_progress: Progress,
+    memory: MemoryBounds = MemoryBounds(),  # noqa: B008 - frozen
+    team: Team = SOLO,
+) -> Manifest:
+    """Compress the recipe's model into ``out``, one block in memory at a time.
 
     Raises: ValueError for official files, whose VAE an artifact could not refer to.
     """
@@ -96,12 +129,14 @@ def quantize(recipe: Recipe, out: Path, *, on_progress: Progress) -> Manifest:
             "with `varc convert` and set model.path to it"
         )
     return quantize_model(
-        open_pipeline(recipe.model),
+        open_pipeline(recipe.model, stream_blocks=True),
         collection_of(recipe.collect),
         recipe.quant,
         base=recipe.model.path or recipe.model.name,
         out=out,
         on_progress=on_progress,
+        memory=memory,
+        team=team,
     )
 
 

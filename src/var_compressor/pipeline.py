@@ -35,6 +35,7 @@ from var_compressor.models.convert import model_config
 from var_compressor.models.inspection import sha256_of
 from var_compressor.models.sampling import Sampling, draw_noise, sample_bits, seeded_generators
 from var_compressor.models.schedule import Level, Schedule
+from var_compressor.models.streaming import StreamedBlocks, load_streamed
 from var_compressor.models.tensor_files import CheckpointError
 from var_compressor.models.text_encoder import TextEncoder
 from var_compressor.models.transformer import Infinity, TextContext, TextFeatures, combine
@@ -127,13 +128,16 @@ class InfinityPipeline:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         text_encoder_cache: str | Path | None = None,
+        stream_blocks: bool = False,
     ) -> InfinityPipeline:
         """Open a model directory, an artifact, an embedded model ("infinity-tiny") or a hub id.
 
         The transformer's blocks, the VAE and the text encoder run in ``dtype``, everything else in
         float32. On a CPU, tensors stored in the dtype they run in stay mapped to their files; on a
         GPU they go there one by one. The text encoder is read when the first prompt needs it;
-        ``text_encoder_cache`` is a folder that keeps prompts' features.
+        ``text_encoder_cache`` is a folder that keeps prompts' features. ``stream_blocks`` leaves
+        the blocks of a full-precision transformer in their files, to be read one at a time, and
+        the VAE on the CPU.
         Raises: CheckpointError or ArtifactError (ValueErrors) naming the file that is missing or
         does not fit.
         """
@@ -148,7 +152,8 @@ class InfinityPipeline:
                 f"{folder}: holds no VAE; open its transformer with "
                 "models.directory.load_transformer, or write it again with one"
             )
-        transformer = directory.load_transformer(folder, dtype=dtype, device=device)
+        load = load_streamed if stream_blocks else directory.load_transformer
+        transformer = load(folder, dtype=dtype, device=device)
         return cls._around(transformer, folder, dtype, device, text_encoder_cache)
 
     @classmethod
@@ -188,7 +193,8 @@ class InfinityPipeline:
         text_encoder_cache: str | Path | None,
     ) -> InfinityPipeline:
         """A pipeline with the VAE and the text encoder of a model directory."""
-        vae = directory.load_vae(folder, dtype=dtype, device=device)
+        streams = isinstance(transformer.blocks, StreamedBlocks)
+        vae = directory.load_vae(folder, dtype=dtype, device="cpu" if streams else device)
         t5 = directory.text_encoder_folders(folder, directory.read_index(folder))
         if t5 is None:
             return cls(transformer, vae, None)
@@ -403,7 +409,13 @@ class InfinityPipeline:
     def embed_text(
         self, text: TextFeatures, negative: TextFeatures | None, *, guided: bool
     ) -> TextContext:
-        """Conditional rows, then unconditional ones if ``guided``."""
+        """Conditional rows, then unconditional ones if ``guided``, as all blocks read them."""
+        return self.transformer.with_cross_kv(self.condition(text, negative, guided=guided))
+
+    def condition(
+        self, text: TextFeatures, negative: TextFeatures | None, *, guided: bool
+    ) -> TextContext:
+        """``embed_text`` without the blocks' own keys and values."""
         if not guided:
             return self.transformer.embed_text(text, None)
         if negative is None:

@@ -24,6 +24,11 @@ WEIGHT_FORMATS = {"sint4": 64, "sint8": -1, "fp8_e4m3": -1, "nvfp4": 16}
 ACT_FORMATS = {"sint4": 64, "uint4": 64, "sint8": -1, "fp8_e4m3": -1, "nvfp4": 16}
 WHOLE_ROW = -1
 
+# lifts the output of GELU, whose minimum is -0.16997, above 0; exact in bf16
+GELU_SHIFT = 0.171875
+# the only linear whose input comes from GELU
+_AFTER_GELU = "ffn.fc2"
+
 _NBITS = {"sint4": 4, "uint4": 4, "sint8": 8, "fp8_e4m3": 8, "nvfp4": 4}
 # formats that their number of bits does not tell
 _NAMED = ("fp8_e4m3", "nvfp4", "uint4")
@@ -68,10 +73,15 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class ActSpec:
-    """How a linear's input is quantized at run time; format None leaves it at 16 bits."""
+    """How a linear's input is quantized at run time; format None leaves it at 16 bits.
+
+    `allow_unsigned`: where the input comes from GELU, sint4 becomes uint4, shifted so that all
+    values are positive; nearly all are anyway, so that the step is halved.
+    """
 
     format: str | None = "sint4"
     group_size: int = 64
+    allow_unsigned: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,13 +117,18 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """What is kept of a linear's recorded inputs, drawn by `seed`.
+    """What is kept of the recorded inputs, drawn by `seed`.
 
     At most `max_tokens_per_level` tokens of each level, the same share of every prompt.
+    Self-attention is judged on rows of at most `max_attention_tokens` tokens, one row at least.
+    `prefix`: whether a block's inputs come from full-precision or already quantized blocks before
+    it.
     """
 
     seed: int = 0
-    max_tokens_per_level: int = 4096
+    max_tokens_per_level: int = 512
+    max_attention_tokens: int = 8192
+    prefix: Literal["full", "quantized"] = "full"
 
 
 @dataclass(frozen=True)
@@ -155,6 +170,11 @@ class LinearSpec:
     act: ActSpec
     low_rank: LowRankSpec
     smooth: SmoothSpec
+
+    @property
+    def shift(self) -> float:
+        """What is added to the input so that an unsigned format can hold it."""
+        return GELU_SHIFT if self.act.format == "uint4" else 0.0
 
     def summary(self) -> str:
         """The gist in words, such as "W4A4 g64 rank 32"."""
@@ -198,6 +218,8 @@ class QuantSpec:
             act = replace(act, format=None)
         elif rule.act not in (DEFAULT, act.format):
             act = ActSpec(format=rule.act, group_size=ACT_FORMATS[rule.act])
+        elif rule.act == DEFAULT and act.format == "sint4" and name.endswith(_AFTER_GELU):
+            act = replace(act, format="uint4" if act.allow_unsigned else "sint4")
         return LinearSpec(
             weight=weight,
             act=act,
@@ -224,12 +246,14 @@ class QuantSpec:
             or_null = ", or null for 16 bits"
             _check_format("act.format", self.act.format, ACT_FORMATS, or_null=or_null)
             _check_group("act.group_size", self.act.format, self.act.group_size)
+            _check_unsigned("act.format", self.act.format, MODULES)
         _check_range("low_rank.rank", self.low_rank.rank, 0, 1024)
         _check_range("low_rank.max_iters", self.low_rank.max_iters, 1, 10_000)
         _check_range("low_rank.patience", self.low_rank.patience, 1, 10_000)
         _check_range("smooth.num_grids", self.smooth.num_grids, 2, 1000)
         _check_range("calibration.seed", self.calibration.seed, 0, 2**63 - 1)
         _check_range("calibration.max_tokens_per_level", self.calibration.max_tokens_per_level, 1)
+        _check_range("calibration.max_attention_tokens", self.calibration.max_attention_tokens, 1)
         _check_rules("exceptions", self.exceptions)
         _check_rules("modules", self.modules)
         return self
@@ -350,12 +374,20 @@ def _check_range(key: str, value: int, low: int, high: int | None = None) -> Non
         raise SpecError(key, f"expected {wanted}, got {value}")
 
 
+def _check_unsigned(key: str, act_format: str | None, modules: Iterable[str]) -> None:
+    if act_format == "uint4" and any(name != _AFTER_GELU for name in modules):
+        raise SpecError(
+            key, f"uint4 holds only what GELU puts out; give it in a rule for {_AFTER_GELU} alone"
+        )
+
+
 def _check_rules(key: str, rules: tuple[ModuleRule, ...]) -> None:
     for i, rule in enumerate(rules):
         place = f"{key}[{i}]"
         # of a full name like blocks.0.ffn.fc2, the part inside the block must exist
         local = replace(rule, pattern=re.sub(r"^blocks\.[^.]+\.", "", rule.pattern))
-        if not any(local.matches(name) for name in MODULES):
+        matched = [name for name in MODULES if local.matches(name)]
+        if not matched:
             problem = f"{rule.pattern!r} matches no linear{nearest(local.pattern, MODULES)}"
             raise SpecError(f"{place}.pattern", problem)
         if rule.weight not in (None, DEFAULT):
@@ -364,6 +396,7 @@ def _check_rules(key: str, rules: tuple[ModuleRule, ...]) -> None:
         if rule.act not in (None, DEFAULT):
             or_null = ", default, or null for 16 bits"
             _check_format(f"{place}.act", str(rule.act), ACT_FORMATS, or_null=or_null)
+        _check_unsigned(f"{place}.act", rule.act, matched)
 
 
 PRESETS: dict[str, QuantSpec] = {
@@ -373,11 +406,7 @@ PRESETS: dict[str, QuantSpec] = {
     "gptq": QuantSpec(weight=WeightSpec(rounding="gptq")),
     "w4a16": QuantSpec(act=ActSpec(format=None), smooth=SmoothSpec(enabled=False)),
     "w4a8": QuantSpec(act=ActSpec("sint8", WHOLE_ROW)),
-    "w8a8": QuantSpec(
-        weight=WeightSpec("sint8", WHOLE_ROW),
-        act=ActSpec("sint8", WHOLE_ROW),
-        # there is no op for 8-bit weights with a 16-bit input
-        modules=tuple(ModuleRule(name) for name in MODULES),
-    ),
+    "w8a8": QuantSpec(weight=WeightSpec("sint8", WHOLE_ROW), act=ActSpec("sint8", WHOLE_ROW)),
+    "fp8": QuantSpec(weight=WeightSpec("fp8_e4m3", WHOLE_ROW), act=ActSpec("fp8_e4m3", WHOLE_ROW)),
     "nvfp4": QuantSpec(weight=WeightSpec("nvfp4", 16), act=ActSpec("nvfp4", 16)),
 }

@@ -62,6 +62,18 @@ def bit_agreement(
     return BitAgreement(tuple(same), tuple(kl), tuple(counts))
 
 
+def pooled(parts: Sequence[BitAgreement]) -> BitAgreement:
+    """Of several batches of one schedule: per level, the mean over the bits of all of them."""
+    num_bits = torch.tensor([part.num_bits for part in parts], dtype=torch.float64)
+    shares = num_bits / num_bits.sum(0)
+    same_bit, kl_nats = (
+        (torch.tensor(rows, dtype=torch.float64) * shares).sum(0).tolist()
+        for rows in ([part.same_bit for part in parts], [part.kl_nats for part in parts])
+    )
+    total_bits = [int(count) for count in num_bits.sum(0)]
+    return BitAgreement(tuple(same_bit), tuple(kl_nats), tuple(total_bits))
+
+
 def psnr_db(image_B3YX: Tensor, reference_B3YX: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of every image against its reference, both in [-1, 1]."""
     mse_B = ((image_B3YX - reference_B3YX) / 2).square().mean((1, 2, 3))

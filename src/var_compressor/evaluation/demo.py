@@ -10,7 +10,6 @@ import html
 import json
 import shutil
 from base64 import b64encode
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from var_compressor.artifact import is_artifact, write_atomically
 from var_compressor.compress import calibrate_cache, check_kv, open_pipeline, quantize
-from var_compressor.evaluation.agreement import BitAgreement, bit_agreement, psnr_db, ssim
+from var_compressor.evaluation.agreement import BitAgreement, bit_agreement, pooled, psnr_db, ssim
 from var_compressor.evaluation.captions import captions
 from var_compressor.evaluation.reader import Reader
 from var_compressor.evaluation.scenes import sample_scenes, truths
@@ -204,13 +203,7 @@ def _agreement(
     for i, one in enumerate(drawn):
         text = full.encode(texts[i * BATCH : (i + 1) * BATCH])
         parts.append(bit_agreement(full, compressed, text, one.trace.bits, cfg=sampling.cfg))
-
-    def mean(values: Callable[[BitAgreement], tuple[float, ...]]) -> tuple[float, ...]:
-        rows = [[v * n for v, n in zip(values(p), p.num_bits, strict=True)] for p in parts]
-        return tuple(sum(c) / t for c, t in zip(zip(*rows, strict=True), totals, strict=True))
-
-    totals = [sum(counts) for counts in zip(*(part.num_bits for part in parts), strict=True)]
-    return BitAgreement(mean(lambda p: p.same_bit), mean(lambda p: p.kl_nats), tuple(totals))
+    return pooled(parts)
 
 
 # --- showing --------------------------------------------------------------------------------------

@@ -22,22 +22,32 @@ from var_compressor.models.config import InfinityConfig, config_from_dict
 from var_compressor.models.directory import meta_transformer
 from var_compressor.models.transformer import Infinity
 from var_compressor.ops import reference as ops
-from var_compressor.ops.primitives import FORMATS
+from var_compressor.ops.packing import pack_codes, unpack_codes
+from var_compressor.ops.primitives import (
+    FORMATS,
+    QuantizedWeight,
+    dequantize_symmetric,
+    effective_scales,
+    stored_scales,
+)
 from var_compressor.spec import WHOLE_ROW, LinearSpec, QuantSpec
 
 
 class QuantizedLinear(nn.Module):
-    """``y = Q(x / smooth) Qw^T + (x / smooth) down^T up^T + bias`` from packed weights.
+    """``y = Q(x_hat) Qw^T + x_hat down^T up^T + bias`` with ``x_hat = (x + shift) / smooth``.
 
-    ``qweight`` uint8 ``[N, K/2]`` (two 4-bit codes a byte) or int8 ``[N, K]``; ``wscales`` bf16
-    ``[N, G]``; ``smooth_factor`` float32 ``[K]``; ``proj_down`` bf16 ``[R, K]`` and ``proj_up``
+    ``qweight`` uint8 ``[N, K/2]`` (two 4-bit codes a byte: sint4, nvfp4), int8 or float8_e4m3fn
+    ``[N, K]``; ``wscales`` ``[N, G]`` bf16, or for nvfp4 float8_e4m3fn beside the float32 scalar
+    ``wtscale``; ``smooth_factor`` float32 ``[K]``; ``proj_down`` bf16 ``[R, K]`` and ``proj_up``
     bf16 ``[N, R]`` (R may be 0); ``bias`` ``[N]``. A 16-bit input (``act_format`` None) is not
-    quantized. The result has the dtype of the input.
-    Raises: ValueError for a pair of formats that no op multiplies.
+    quantized. With a shift the bias carries its correction and is float32. The result has the
+    dtype of the input.
+    Raises: ValueError for a pair of group sizes that no op multiplies.
     """
 
     qweight: Tensor
     wscales: Tensor
+    wtscale: Tensor | None
     smooth_factor: Tensor
     proj_down: Tensor
     proj_up: Tensor
@@ -48,71 +58,121 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_runnable(spec)
-        weight_format = FORMATS[spec.weight.format]
-        rank = spec.low_rank.rank
-        groups = in_features // resolved_group(spec.weight.group_size, in_features)
-        packed = weight_format.nbits == 4
-        columns = in_features // 2 if packed else in_features
-        code_dtype = torch.uint8 if packed else torch.int8
+        self.weight_format = FORMATS[spec.weight.format]
         self.act_format = FORMATS[spec.act.format] if spec.act.format else None
         self.act_group_size = resolved_group(spec.act.group_size, in_features)
-        self.weight_nbits = weight_format.nbits
+        self.shift = spec.shift
+        rank = spec.low_rank.rank
+        groups = in_features // resolved_group(spec.weight.group_size, in_features)
+        packed = self.weight_format.nbits == 4
+        columns = in_features // 2 if packed else in_features
+        code_dtype = torch.uint8 if packed else self.weight_format.code_dtype
+        scale_dtype = self.weight_format.fixed_scale_dtype
         for name, shape, dtype in (
             ("qweight", (out_features, columns), code_dtype),
-            ("wscales", (out_features, groups), torch.bfloat16),
+            ("wscales", (out_features, groups), scale_dtype or torch.bfloat16),
             ("smooth_factor", (in_features,), torch.float32),
             ("proj_down", (rank, in_features), torch.bfloat16),
             ("proj_up", (out_features, rank), torch.bfloat16),
-            ("bias", (out_features,), bias_dtype),
+            # a correction rounded to bf16 would leave an offset
+            ("bias", (out_features,), torch.float32 if self.shift else bias_dtype),
         ):
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
+        self.register_buffer("wtscale", torch.empty(()) if scale_dtype else None)
+
+    @classmethod
+    def of(
+        cls,
+        spec: LinearSpec,
+        weight: QuantizedWeight,
+        *,
+        smooth_factor_K: Tensor,
+        down_RK: Tensor,
+        up_NR: Tensor,
+        bias_N: Tensor,
+    ) -> QuantizedLinear:
+        """The linear of a rounded residual, its branch (stored as bf16) and the plain bias.
+
+        weight.scales_NG must be what storage holds: rounded to bf16, or as nvfp4 prescribes.
+        """
+        N, K = weight.codes_NK.shape
+        with torch.device(weight.codes_NK.device):
+            linear = cls(K, N, spec, bias_dtype=bias_N.dtype)
+        assert linear.weight_format == weight.format
+        linear.qweight.copy_(pack_codes(weight.codes_NK, format=weight.format))
+        if linear.wtscale is not None:
+            assert weight.tensor_scale is not None
+            linear.wtscale.copy_(weight.tensor_scale)
+        linear.wscales.copy_(
+            stored_scales(weight.scales_NG, dtype=linear.wscales.dtype, tensor_scale=linear.wtscale)
+        )
+        assert torch.equal(linear.effective_scales(), weight.scales_NG), "scales changed in storage"
+        linear.smooth_factor.copy_(smooth_factor_K)
+        linear.proj_down.copy_(down_RK)
+        linear.proj_up.copy_(up_NR)
+        linear.bias.copy_(bias_N)
+        if linear.shift:
+            weight_NK = linear.weight_on_inputs()
+            linear.bias.copy_(ops.shifted_bias(bias_N, weight_NK, shift=linear.shift))
+        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         x_MK = x.flatten(0, -2)
-        if self.act_format is None:
-            y_MN = self._forward_16bit(x_MK)
-        else:
-            codes_MK, xscales_MG, low_MR = ops.quantize_act(
-                x_MK,
-                self.smooth_factor,
-                self.proj_down,
-                group_size=self.act_group_size,
-                format=self.act_format,
-            )
-            gemm = ops.gemm_w4a4 if self.weight_nbits == 4 else ops.gemm_w8a8
-            y_MN = gemm(
+        y_MN = self._forward_16bit(x_MK) if self.act_format is None else self._forward(x_MK)
+        return y_MN.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def _forward(self, x_MK: Tensor) -> Tensor:
+        assert self.act_format is not None
+        codes_MK, xscales_MG, low_MR = ops.quantize_act(
+            x_MK,
+            self.smooth_factor,
+            self.proj_down,
+            group_size=self.act_group_size,
+            format=self.act_format,
+            shift=self.shift,
+        )
+        if self.act_format.kind == self.weight_format.kind == "int":
+            gemm = ops.gemm_w4a4 if self.weight_format.nbits == 4 else ops.gemm_w8a8
+            return gemm(
                 codes_MK, xscales_MG, self.qweight, self.wscales, low_MR, self.proj_up, self.bias
             )
-        return y_MN.to(x.dtype).unflatten(0, x.shape[:-1])
+        qx_MK = dequantize_symmetric(codes_MK, xscales_MG, format=self.act_format)
+        return ops.gemm_dequantized(qx_MK, self.residual(), low_MR, self.proj_up, self.bias)
 
     def _forward_16bit(self, x_MK: Tensor) -> Tensor:
         x_hat_MK = x_MK.float() / self.smooth_factor
         low_MR = x_hat_MK @ self.proj_down.float().T
-        return ops.gemm_w4a16(x_hat_MK, self.qweight, self.wscales, low_MR, self.proj_up, self.bias)
+        return ops.gemm_dequantized(x_hat_MK, self.residual(), low_MR, self.proj_up, self.bias)
+
+    def effective_scales(self) -> Tensor:
+        """Factor of every group's codes, float32 [N, G]."""
+        return effective_scales(self.wscales, self.wtscale)
+
+    def residual(self) -> Tensor:
+        """The quantized part of the smoothed weight, dequantized: float32 [N, K]."""
+        codes_NK = unpack_codes(self.qweight, format=self.weight_format)
+        return dequantize_symmetric(codes_NK, self.effective_scales(), format=self.weight_format)
+
+    def weight_on_inputs(self) -> Tensor:
+        """The whole weight, branch included, as it acts on unsmoothed inputs: float64 [N, K]."""
+        branch_NK = self.proj_up.double() @ self.proj_down.double()
+        return (self.residual().double() + branch_NK) / self.smooth_factor.double()
 
 
 def check_runnable(spec: LinearSpec) -> None:
-    """Raises: ValueError naming the pair of formats when no op multiplies them."""
-    weight, act = spec.weight.format, spec.act.format
-    runnable = {("sint4", "sint4"), ("sint4", "sint8"), ("sint4", None), ("sint8", "sint8")}
-    if (weight, act) not in runnable:
-        pairs = ", ".join(f"{w} x {a or '16 bits'}" for w, a in sorted(runnable, key=str))
+    """Raises: ValueError naming the group sizes when integer codes can't be multiplied in them."""
+    if spec.act.format is None:
+        return
+    if not FORMATS[spec.act.format].kind == FORMATS[spec.weight.format].kind == "int":
+        return
+    weight_group, act_group = spec.weight.group_size, spec.act.group_size
+    if WHOLE_ROW in (weight_group, act_group):
+        return
+    if max(weight_group, act_group) % min(weight_group, act_group):
         raise ValueError(
-            f"weight format {weight} with input format {act or '16 bits'} has no op yet; "
-            f"use {pairs}"
+            f"weight groups of {weight_group} and input groups of {act_group} do not nest; "
+            "the integer product needs one to be a multiple of the other"
         )
-    if weight == "sint8" and (spec.weight.group_size, spec.act.group_size) != (WHOLE_ROW,) * 2:
-        raise ValueError(
-            f"sint8 weights take one scale per row: set both group_size to {WHOLE_ROW}"
-        )
-    same_groups = spec.act.group_size == spec.weight.group_size
-    if (weight, act) == ("sint4", "sint4") and not same_groups:
-        raise ValueError(
-            f"weight groups of {spec.weight.group_size} and input groups of "
-            f"{spec.act.group_size} differ; W4A4 needs the same"
-        )
-    if (weight, act) == ("sint4", "sint8") and spec.act.group_size != WHOLE_ROW:
-        raise ValueError(f"sint8 inputs take one scale per token: set act.group_size={WHOLE_ROW}")
 
 
 def resolved_group(group_size: int, in_features: int) -> int:
@@ -185,8 +245,12 @@ def _fill(
 
 
 def _kind(tensor: Tensor | None) -> str:
-    """Shape and, because codes must not be cast, the dtype; all floats count as one."""
+    """Shape and, because codes must not be cast, the dtype; floats of 16 and 32 bits count as one.
+
+    An 8-bit float holds codes or exact scales.
+    """
     if tensor is None:
         return "missing"
-    dtype = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    castable = tensor.is_floating_point() and tensor.itemsize > 1
+    dtype = "float" if castable else str(tensor.dtype).removeprefix("torch.")
     return f"{dtype} {list(tensor.shape)}"

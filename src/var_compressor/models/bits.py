@@ -71,9 +71,13 @@ class Pyramid:
 
 
 def teacher_inputs(bits: Sequence[Tensor], pyramid: Pyramid) -> Tensor:
-    """Inputs of all levels after the first, given every level's bits: ``[B, L - 1, Q]``."""
+    """Inputs of all levels after the first, given every level's bits: ``[B, L - 1, Q]``.
+
+    No level reads the last level's bits; they may be left out.
+    """
     tokens = []
-    for level, bits_BLQ in zip(pyramid.schedule.levels[:-1], bits[:-1], strict=True):
+    levels = pyramid.schedule.levels[:-1]
+    for level, bits_BLQ in zip(levels, bits[: len(levels)], strict=True):
         pyramid.add(bits_BLQ, level)
         tokens.append(pyramid.tokens_for(pyramid.schedule.after(level)))
     return torch.cat(tokens, dim=1)

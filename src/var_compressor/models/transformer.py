@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -64,7 +64,8 @@ class TextContext:
     """What the transformer needs of the text, computed once per image.
 
     ``cond_RC`` pooled text; ``ada_R16C`` shared modulation; ``text_RTC`` what cross-attention
-    reads, and ``cross_kv`` its keys and values per block, ``[R, H, T, D]``; ``mask_R11T`` marks
+    reads, and ``cross_kv`` its keys and values per block, ``[R, H, T, D]`` (empty until
+    ``Infinity.with_cross_kv``); ``mask_R11T`` marks
     real text tokens (None if no row is padded); ``num_images`` rows are conditional, any further
     ones are their unconditional twins.
     """
@@ -175,14 +176,19 @@ class SelfAttention(nn.Module):
     def forward(
         self, x_RLC: Tensor, rope_2LD: Tensor, cache: KVCache, layer: int, levels: Sequence[Level]
     ) -> Tensor:
-        qkv = self.qkv(x_RLC).unflatten(-1, (3, self.num_heads, -1))
+        q_RHLD, k_RHLD, v_RHLD = self.heads(self.qkv(x_RLC), rope_2LD)
+        o_RHLD = cache.attend(layer, levels, q_RHLD, k_RHLD, v_RHLD)
+        return self.proj(o_RHLD.transpose(1, 2).flatten(2))
+
+    def heads(self, qkv_RLN: Tensor, rope_2LD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v ``[R, H, L, D]`` of the projection's output: q and k normalised and rotated."""
+        qkv = qkv_RLN.unflatten(-1, (3, self.num_heads, -1))
         q_RHLD, k_RHLD, v_RHLD = qkv.permute(2, 0, 3, 1, 4)
         q_scale = self.q_log_scale.float().clamp(max=MAX_LOG_SCALE).exp()
         q_RHLD = rotate(F.normalize(q_RHLD.float(), dim=-1) * q_scale, rope_2LD)
         k_RHLD = rotate(F.normalize(k_RHLD.float(), dim=-1), rope_2LD)
         dtype = v_RHLD.dtype
-        o_RHLD = cache.attend(layer, levels, q_RHLD.to(dtype), k_RHLD.to(dtype), v_RHLD)
-        return self.proj(o_RHLD.transpose(1, 2).flatten(2))
+        return q_RHLD.to(dtype), k_RHLD.to(dtype), v_RHLD
 
 
 class CrossAttention(nn.Module):
@@ -194,14 +200,21 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def keys_values(self, text_RTC: Tensor) -> tuple[Tensor, Tensor]:
-        kv = self.kv(text_RTC).unflatten(-1, (2, self.num_heads, -1))
-        k_RHTD, v_RHTD = kv.permute(2, 0, 3, 1, 4)
+        return self.split_kv(self.kv(text_RTC))
+
+    def split_kv(self, kv_RTN: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[R, H, T, D]`` of the projection's output."""
+        k_RHTD, v_RHTD = kv_RTN.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return k_RHTD, v_RHTD
 
     def forward(self, x_RLC: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        q_RHLD = self.q(x_RLC).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return self.proj(self.attend(self.q(x_RLC), kv, mask))
+
+    def attend(self, q_RLC: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Attention to the text, heads side by side ``[R, L, C]``: the input of ``proj``."""
+        q_RHLD = q_RLC.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         o_RHLD = F.scaled_dot_product_attention(q_RHLD, *kv, attn_mask=mask)
-        return self.proj(o_RHLD.transpose(1, 2).flatten(2))
+        return o_RHLD.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -258,6 +271,8 @@ class Infinity(nn.Module):
     def __init__(self, config: InfinityConfig) -> None:
         super().__init__()
         self.config = config
+        # the dtype that block linears and attention run in
+        self.block_dtype = torch.float32
         width, text = config.embed_dim, config.text_channels
         self.uncond_text = nn.Parameter(torch.randn(config.text_maxlen, text) / text**0.5)
         self.start_position = nn.Parameter(torch.zeros(1, 1, width))
@@ -277,12 +292,8 @@ class Infinity(nn.Module):
         """Blocks in ``dtype``, everything around them in float32 (the module's dtype policy)."""
         self.float()
         self.blocks.to(dtype)
+        self.block_dtype = dtype
         return self
-
-    @property
-    def block_dtype(self) -> torch.dtype:
-        """The dtype that block linears and attention run in."""
-        return self.blocks[0].dtype  # type: ignore[return-value]
 
     def unconditional_text(self, text: TextFeatures) -> TextFeatures:
         """The learned unconditional features, as long as each prompt."""
@@ -294,7 +305,10 @@ class Infinity(nn.Module):
         return TextFeatures(torch.cat(rows).float(), text.lens)
 
     def embed_text(self, text: TextFeatures, unconditional: TextFeatures | None) -> TextContext:
-        """Everything the blocks need of the text; guided when ``unconditional`` is given."""
+        """What the text is to every block; guided when ``unconditional`` is given.
+
+        The blocks' own share of it is added by ``with_cross_kv``.
+        """
         if text.packed_TE.shape[1] != self.config.text_channels:
             raise ValueError(
                 f"text features have {text.packed_TE.shape[1]} channels, the model takes "
@@ -311,11 +325,13 @@ class Infinity(nn.Module):
         cond_RC = self.text_pool(features_RTE, mask_R11T)
         ada_R16C = self.ada_proj(F.silu(cond_RC)).unflatten(-1, (1, 6, -1))
         text_RTC = self.text_proj(features_RTE)
-        cross_kv = tuple(
-            block.cross_attn.keys_values(text_RTC.to(block.dtype))  # type: ignore[union-attr, operator]
-            for block in self.blocks
-        )
-        return TextContext(cond_RC, ada_R16C, text_RTC, cross_kv, mask_R11T, num_images)
+        return TextContext(cond_RC, ada_R16C, text_RTC, (), mask_R11T, num_images)
+
+    def with_cross_kv(self, context: TextContext) -> TextContext:
+        """The context with every block's cross-attention keys and values, once per image."""
+        text_RTC = context.text_RTC.to(self.block_dtype)
+        cross_kv = tuple(block.cross_attn.keys_values(text_RTC) for block in self.blocks)  # type: ignore[union-attr, operator]
+        return replace(context, cross_kv=cross_kv)
 
     def start_token(self, context: TextContext) -> Tensor:
         """Input of level 0: ``[R, 1, C]``."""

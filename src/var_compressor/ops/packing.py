@@ -1,29 +1,53 @@
-"""int4 codes as bytes, and exactly back. Shapes: N output channels, K input channels."""
+"""4-bit codes as bytes, and exactly back. Shapes: N output channels, K input channels, J = K/2."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from .primitives import NumberFormat
 
-def pack_int4(codes_NK: Tensor) -> Tensor:
-    """Two neighbouring codes in one byte, two's complement; the low nibble is the even channel.
 
-    codes_NK: int8, -8..7, K even. Returns uint8 [N, K/2]. Raises ValueError for another dtype, an
+def pack_codes(codes_NK: Tensor, *, format: NumberFormat) -> Tensor:
+    """Codes of any format as they are stored: two a byte for 4 bits, unchanged for 8."""
+    if format.nbits == 8:
+        return codes_NK
+    return pack_int4(codes_NK) if format.kind == "int" else pack_nibbles(codes_NK)
+
+
+def unpack_codes(stored_NJ: Tensor, *, format: NumberFormat) -> Tensor:
+    """Exact inverse of `pack_codes`."""
+    if format.nbits == 8:
+        return stored_NJ
+    return unpack_int4(stored_NJ) if format.kind == "int" else unpack_nibbles(stored_NJ)
+
+
+def pack_nibbles(codes_NK: Tensor) -> Tensor:
+    """Two neighbouring codes in one byte; the low nibble is the even channel.
+
+    codes_NK: uint8, 0..15, K even. Returns uint8 [N, J]. Raises ValueError for another dtype, an
     odd K, or a code that four bits cannot hold.
     """
-    if codes_NK.dtype != torch.int8:
-        raise ValueError(f"pack_int4 takes int8 codes, got {codes_NK.dtype}")
-    if codes_NK.ndim == 0 or codes_NK.shape[-1] % 2:
-        raise ValueError(
-            f"pack_int4 pairs channels, so K must be even; got shape {tuple(codes_NK.shape)}"
-        )
-    if codes_NK.numel():
-        lowest, highest = (int(c) for c in codes_NK.aminmax())
-        if lowest < -8 or highest > 7:
-            raise ValueError(f"codes span {lowest}..{highest}; four signed bits hold -8..7")
-    nibbles_NK = codes_NK.view(torch.uint8) & 0xF
-    return nibbles_NK[..., 0::2] | (nibbles_NK[..., 1::2] << 4)
+    _check_codes(codes_NK, dtype=torch.uint8, lowest=0, highest=15)
+    return codes_NK[..., 0::2] | (codes_NK[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed_NJ: Tensor) -> Tensor:
+    """Exact inverse of `pack_nibbles`: uint8 [N, J] -> uint8 codes [N, 2J], 0..15.
+
+    Raises ValueError for another dtype.
+    """
+    _check_bytes(packed_NJ)
+    return torch.stack((packed_NJ & 0xF, packed_NJ >> 4), dim=-1).flatten(-2)
+
+
+def pack_int4(codes_NK: Tensor) -> Tensor:
+    """`pack_nibbles` of signed codes in two's complement.
+
+    codes_NK: int8, -8..7, K even. Returns uint8 [N, J]. Raises as `pack_nibbles`.
+    """
+    _check_codes(codes_NK, dtype=torch.int8, lowest=-8, highest=7)
+    return pack_nibbles(codes_NK.view(torch.uint8) & 0xF)
 
 
 def unpack_int4(packed_NJ: Tensor) -> Tensor:
@@ -31,11 +55,27 @@ def unpack_int4(packed_NJ: Tensor) -> Tensor:
 
     Raises ValueError for another dtype.
     """
-    if packed_NJ.dtype != torch.uint8:
-        raise ValueError(f"unpack_int4 takes the uint8 bytes of pack_int4, got {packed_NJ.dtype}")
+    _check_bytes(packed_NJ)
     bytes_NJ = packed_NJ.view(torch.int8)
-    codes_NJ2 = torch.empty(*packed_NJ.shape, 2, dtype=torch.int8, device=packed_NJ.device)
     # on signed bytes the right shift is arithmetic, which extends the nibble's sign
-    codes_NJ2[..., 0] = (bytes_NJ << 4) >> 4
-    codes_NJ2[..., 1] = bytes_NJ >> 4
-    return codes_NJ2.flatten(-2)
+    return torch.stack(((bytes_NJ << 4) >> 4, bytes_NJ >> 4), dim=-1).flatten(-2)
+
+
+def _check_codes(codes_NK: Tensor, *, dtype: torch.dtype, lowest: int, highest: int) -> None:
+    if codes_NK.dtype != dtype:
+        raise ValueError(f"expected {dtype} codes to pack, got {codes_NK.dtype}")
+    if codes_NK.ndim == 0 or codes_NK.shape[-1] % 2:
+        raise ValueError(
+            f"packing pairs channels, so K must be even; got shape {tuple(codes_NK.shape)}"
+        )
+    if codes_NK.numel():
+        found = tuple(int(c) for c in codes_NK.aminmax())
+        if found[0] < lowest or found[1] > highest:
+            raise ValueError(
+                f"codes span {found[0]}..{found[1]}; these four bits hold {lowest}..{highest}"
+            )
+
+
+def _check_bytes(packed_NJ: Tensor) -> None:
+    if packed_NJ.dtype != torch.uint8:
+        raise ValueError(f"expected packed uint8 bytes, got {packed_NJ.dtype}")

@@ -3,10 +3,15 @@
 Shapes: M rows (tokens, or output channels of a weight), K channels, G groups of E consecutive
 channels (K = G*E); `x_MK` may carry any number of leading dimensions in place of M. One group per
 row (E = K) is the per-token or per-output-channel case.
+
+All formats go through the same functions. Scales are *effective* float32 factors: code value *
+scale is what the code stands for. An nvfp4 weight has two levels of them, an e4m3 scale per group
+times one `tensor_scale` per matrix; the effective scale is their product.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,18 +23,20 @@ from torch import Tensor
 class NumberFormat:
     """One element format: what a stored code can be.
 
-    `qmin`/`qmax` bound the codes (kind "int") or the representable values (kind "float"). A scale
-    maps the largest magnitude of a group onto `qmax`. `fixed_group_size` is set where the format
-    prescribes its group.
+    `qmin`/`qmax` bound the values that codes stand for; a scale maps the largest magnitude of a
+    group onto `qmax`. Codes of the kinds "int" and "float" are those values themselves, codes of
+    the kind "e2m1" index `E2M1_VALUES`. `fixed_group_size` and `fixed_scale_dtype` are set where
+    the format prescribes its group, and what its scales are stored in.
     """
 
     name: str
     nbits: int
-    kind: Literal["int", "float"]
+    kind: Literal["int", "float", "e2m1"]
     qmin: float
     qmax: float
     code_dtype: torch.dtype
     fixed_group_size: int | None = None
+    fixed_scale_dtype: torch.dtype | None = None
 
 
 # sint4 and sint8 leave the most negative code unused: the grid is symmetric, so -x quantizes to
@@ -41,13 +48,30 @@ FORMATS: dict[str, NumberFormat] = {
         NumberFormat("uint4", 4, "int", 0, 15, torch.int8),
         NumberFormat("sint8", 8, "int", -127, 127, torch.int8),
         NumberFormat("fp8_e4m3", 8, "float", -448, 448, torch.float8_e4m3fn),
-        NumberFormat("nvfp4", 4, "float", -6, 6, torch.uint8, fixed_group_size=16),
+        NumberFormat("nvfp4", 4, "e2m1", -6, 6, torch.uint8, 16, torch.float8_e4m3fn),
     )
 }
 
 # e2m1 values in the hardware's code order: bit 3 is the sign, bits 0..2 index the magnitude
 _E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_VALUES = (*_E2M1_MAGNITUDES, *(-v for v in _E2M1_MAGNITUDES))
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A rounded weight: codes_NK in the format's dtype, and what they stand for.
+
+    scales_NG: effective, float32. tensor_scale: float32, one per matrix, of a format with two
+    levels of scales, else None; with it the scales can be stored exactly.
+    """
+
+    codes_NK: Tensor
+    scales_NG: Tensor
+    format: NumberFormat
+    tensor_scale: Tensor | None
+
+    def dequantize(self) -> Tensor:
+        return dequantize_symmetric(self.codes_NK, self.scales_NG, format=self.format)
 
 
 def split_groups(x_MK: Tensor, *, group_size: int) -> Tensor:
@@ -64,45 +88,134 @@ def split_groups(x_MK: Tensor, *, group_size: int) -> Tensor:
 
 
 def choose_scales(
-    x_MK: Tensor, *, format: NumberFormat, group_size: int, scale_dtype: torch.dtype
+    x_MK: Tensor,
+    *,
+    format: NumberFormat,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    tensor_scale: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric scale of every group: absmax / qmax in `scale_dtype`; an all-zero group gets 1.
+    """Symmetric effective scale of every group, which puts its absmax on qmax.
 
-    x_MK: any float dtype. Returns scales_MG, float32 storage whose values are exact in
-    `scale_dtype`.
-    Raises ValueError for a format without a single-level scale (nvfp4) or channels that do not
-    split into groups.
+    x_MK: any float dtype. Arguments and result as for `round_scales`.
+    Raises ValueError for channels that do not split into groups, or a group size other than the
+    one that the format prescribes.
     """
-    _require_single_level(format)
-    absmax_MG = split_groups(x_MK, group_size=group_size).abs().amax(-1).float()
-    scales_MG = (absmax_MG / format.qmax).to(scale_dtype).float()
+    return round_scales(
+        unrounded_scales(x_MK, format=format, group_size=group_size),
+        format=format,
+        scale_dtype=scale_dtype,
+        tensor_scale=tensor_scale,
+    )
+
+
+def unrounded_scales(x_MK: Tensor, *, format: NumberFormat, group_size: int) -> Tensor:
+    """absmax / qmax of every group, float32; Raises as `choose_scales`."""
+    if format.fixed_group_size not in (None, group_size):
+        raise ValueError(
+            f"{format.name} has groups of {format.fixed_group_size}, got group size {group_size}"
+        )
+    # one read of x, where abs().amax() takes two passes and a copy
+    lowest_MG, highest_MG = split_groups(x_MK, group_size=group_size).aminmax(dim=-1)
+    return _divided(torch.maximum(-lowest_MG, highest_MG), by=format.qmax)
+
+
+def round_scales(
+    wanted_MG: Tensor,
+    *,
+    format: NumberFormat,
+    scale_dtype: torch.dtype,
+    tensor_scale: Tensor | None,
+) -> Tensor:
+    """The effective scales that storage can hold, nearest to the wanted ones; 0 becomes 1.
+
+    wanted_MG: float32, not negative. scale_dtype: what a scale is rounded to, unless the format
+    prescribes it (nvfp4: e4m3, which saturates at 448 and lets small scales underflow to 0).
+    tensor_scale: from `choose_tensor_scale` for weights; None counts as 1. Returns float32.
+    """
+    scale_dtype = format.fixed_scale_dtype or scale_dtype
+    stored_MG = _stored(wanted_MG, dtype=scale_dtype, tensor_scale=tensor_scale)
+    return effective_scales(stored_MG, tensor_scale)
+
+
+def effective_scales(stored_MG: Tensor, tensor_scale: Tensor | None) -> Tensor:
+    """What stored group scales amount to, float32: times their tensor scale, and 1 for 0."""
+    scales_MG = stored_MG.float()
+    if tensor_scale is not None:
+        scales_MG = scales_MG * tensor_scale[..., None, None]
     return torch.where(scales_MG == 0, 1.0, scales_MG)
 
 
+def stored_scales(scales_MG: Tensor, *, dtype: torch.dtype, tensor_scale: Tensor | None) -> Tensor:
+    """Inverse of `effective_scales` for scales that `round_scales` made with the same arguments."""
+    stored_MG = _stored(scales_MG, dtype=dtype, tensor_scale=tensor_scale)
+    # an effective 1 may stand for a 0, because 1 / tensor_scale can be out of e4m3's range
+    survives_MG = effective_scales(stored_MG, tensor_scale) == scales_MG
+    return torch.where(survives_MG, stored_MG.float(), 0.0).to(dtype)
+
+
+def _stored(scales_MG: Tensor, *, dtype: torch.dtype, tensor_scale: Tensor | None) -> Tensor:
+    if tensor_scale is not None:
+        scales_MG = scales_MG / tensor_scale[..., None, None]
+    return scales_MG.clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+def choose_tensor_scale(weight_NK: Tensor, *, format: NumberFormat) -> Tensor | None:
+    """Scale of a whole weight matrix that puts its largest group scale on e4m3's 448.
+
+    None for formats with one level of scales, so that any weight can be passed. weight_NK may carry
+    leading dimensions: one scale per matrix, float32, shaped like those; 1 for a zero matrix.
+    """
+    if format.fixed_scale_dtype is None:
+        return None
+    largest = _divided(weight_NK.abs().amax((-2, -1)), by=format.qmax)
+    scale = _divided(largest, by=torch.finfo(format.fixed_scale_dtype).max)
+    return torch.where(scale == 0, 1.0, scale)
+
+
 def quantize_symmetric(x_MK: Tensor, scales_MG: Tensor, *, format: NumberFormat) -> Tensor:
-    """Codes of x under given scales: round half to even, then clamp to the format's range.
+    """Codes of x under given scales: the nearest value of the format, clamped to its range.
 
     x_MK: any float dtype, computed in float32. scales_MG: float32, positive; G divides K.
-    Returns codes_MK in `format.code_dtype` (int8, or float8 for fp8_e4m3).
+    A midpoint between two values goes to the even one; between two e2m1 values, to the larger.
+    Returns codes_MK in `format.code_dtype`.
+    Source: ties of e2m1 as in the NVFP4 codebook kernel of deepcompressor.
     """
-    _require_single_level(format)
     y_MGE = _scaled(x_MK, scales_MG)
+    if format.kind == "e2m1":
+        tables = _e2m1_tables(y_MGE.device)
+        return _looked_up(tables.codes, _e2m1_places(y_MGE, tables)).flatten(-2)
     if format.kind == "int":
         y_MGE = y_MGE.round_()
     return y_MGE.clamp_(format.qmin, format.qmax).to(format.code_dtype).flatten(-2)
 
 
-def dequantize_symmetric(codes_MK: Tensor, scales_MG: Tensor) -> Tensor:
-    """code * scale in float32, [..., K]; the inverse of `quantize_symmetric` up to rounding."""
-    G = scales_MG.shape[-1]
-    values_MGE = split_groups(codes_MK.float(), group_size=codes_MK.shape[-1] // G)
-    return (values_MGE * scales_MG.unsqueeze(-1)).flatten(-2)
+def dequantize_symmetric(codes_MK: Tensor, scales_MG: Tensor, *, format: NumberFormat) -> Tensor:
+    """Value of code * scale in float32, [..., K]; undoes `quantize_symmetric` up to rounding."""
+    if format.kind == "e2m1":
+        values_MK = _looked_up(_e2m1_tables(codes_MK.device).by_code, codes_MK.int())
+    else:
+        values_MK = codes_MK.float()
+    return _rescaled(_grouped_like(values_MK, scales_MG), scales_MG)
+
+
+def round_to_grid(x_MK: Tensor, scales_MG: Tensor, *, format: NumberFormat) -> Tensor:
+    """What x is after `quantize_symmetric` and back, float32, without making the codes."""
+    y_MGE = _scaled(x_MK, scales_MG)
+    if format.kind == "e2m1":
+        tables = _e2m1_tables(y_MGE.device)
+        y_MGE = _looked_up(tables.ascending, _e2m1_places(y_MGE, tables))
+    elif format.kind == "int":
+        y_MGE = y_MGE.round_().clamp_(format.qmin, format.qmax)
+    else:
+        y_MGE = y_MGE.clamp_(format.qmin, format.qmax).to(format.code_dtype).float()
+    return _rescaled(y_MGE, scales_MG)
 
 
 def quantize_dynamic(
     x_MK: Tensor, *, format: NumberFormat, group_size: int, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Quantize with the range taken from x itself, per row and group.
+    """Quantize with the range taken from x itself, per row and group, as inputs are.
 
     Arguments as for `choose_scales`. Returns (codes_MK, scales_MG).
     """
@@ -111,32 +224,77 @@ def quantize_dynamic(
 
 
 def round_trip(
-    x_MK: Tensor, *, format: NumberFormat, group_size: int, scale_dtype: torch.dtype
+    x_MK: Tensor,
+    *,
+    format: NumberFormat,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    tensor_scale: Tensor | None = None,
 ) -> Tensor:
-    """What x is after `quantize_dynamic` and back, float32: what the offline searches need.
+    """What x is after quantization in its own range and back, float32: what searches need.
 
-    nvfp4 weights and activations differ in their scales, so they have their own pair of functions.
+    Arguments as for `choose_scales`; a weight passes its `choose_tensor_scale`.
     """
-    scales_MG = choose_scales(x_MK, format=format, group_size=group_size, scale_dtype=scale_dtype)
-    if format.kind == "float":
-        return dequantize_symmetric(quantize_symmetric(x_MK, scales_MG, format=format), scales_MG)
-    y_MGE = _scaled(x_MK, scales_MG).round_().clamp_(format.qmin, format.qmax)
-    return y_MGE.mul_(scales_MG.unsqueeze(-1)).flatten(-2)
+    scales_MG = choose_scales(
+        x_MK,
+        format=format,
+        group_size=group_size,
+        scale_dtype=scale_dtype,
+        tensor_scale=tensor_scale,
+    )
+    return round_to_grid(x_MK, scales_MG, format=format)
+
+
+def _divided(x: Tensor, *, by: float) -> Tensor:
+    # by a tensor, because a GPU multiplies by the reciprocal of a number, which rounds differently
+    x = x.float()
+    return x / x.new_full((), by)
+
+
+def _grouped_like(x_MK: Tensor, scales_MG: Tensor) -> Tensor:
+    G = scales_MG.shape[-1]
+    if G == 0 or x_MK.shape[-1] % G:
+        raise ValueError(f"{G} scales per row do not divide {x_MK.shape[-1]} channels")
+    return split_groups(x_MK, group_size=x_MK.shape[-1] // G)
 
 
 def _scaled(x_MK: Tensor, scales_MG: Tensor) -> Tensor:
     # a true division: multiplying by the reciprocal rounds differently and would move codes
-    G = scales_MG.shape[-1]
-    if G == 0 or x_MK.shape[-1] % G:
-        raise ValueError(f"{G} scales per row do not divide {x_MK.shape[-1]} channels")
-    return split_groups(x_MK.float(), group_size=x_MK.shape[-1] // G) / scales_MG.unsqueeze(-1)
+    return _grouped_like(x_MK.float(), scales_MG) / scales_MG.unsqueeze(-1)
 
 
-def _require_single_level(format: NumberFormat) -> None:
-    if format.fixed_group_size is not None:
-        raise ValueError(
-            f"{format.name} has scales of its own; use quantize_{format.name} and its inverse"
-        )
+def _rescaled(values_MGE: Tensor, scales_MG: Tensor) -> Tensor:
+    return (values_MGE * scales_MG.unsqueeze(-1)).flatten(-2)
+
+
+@dataclass(frozen=True)
+class _E2M1Tables:
+    """The 15 values in ascending order, where one gives way to the next, and their codes."""
+
+    ascending: Tensor
+    midpoints: Tensor
+    codes: Tensor
+    by_code: Tensor
+
+
+# kept per device: making a tensor from a list waits for the GPU
+@functools.cache
+def _e2m1_tables(device: torch.device) -> _E2M1Tables:
+    values = sorted(set(E2M1_VALUES))
+    ascending = torch.tensor(values, device=device)
+    codes = torch.tensor([E2M1_VALUES.index(v) for v in values], dtype=torch.uint8, device=device)
+    by_code = torch.tensor(E2M1_VALUES, device=device)
+    return _E2M1Tables(ascending, (ascending[1:] + ascending[:-1]) / 2, codes, by_code)
+
+
+def _e2m1_places(y_MGE: Tensor, tables: _E2M1Tables) -> Tensor:
+    """Index into the ascending values of the one nearest to y."""
+    return torch.bucketize(y_MGE.contiguous(), tables.midpoints, right=True, out_int32=True)
+
+
+def _looked_up(table: Tensor, places: Tensor) -> Tensor:
+    # three times as fast as table[places]
+    return table.index_select(0, places.flatten()).view(places.shape)
 
 
 def choose_affine(lo: Tensor, hi: Tensor, *, nbits: int) -> tuple[Tensor, Tensor]:
@@ -167,62 +325,3 @@ def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, *, nbits: int)
 def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """(code - zero_point) * scale in float32; scale and zero_point broadcast against the codes."""
     return (codes.float() - zero_point) * scale
-
-
-def quantize_nvfp4(x_MK: Tensor, *, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """e2m1 codes with an fp8-e4m3 scale per 16 channels.
-
-    tensor_scale: float scalar from `choose_nvfp4_tensor_scale` (weights), or None (activations: the
-    group scale then saturates at 448, and groups whose absmax / 6 underflows fp8 get scale 1 and
-    vanish).
-    Returns (codes_MK uint8 in hardware order, scales_MG float8_e4m3fn; a zero scale means that the
-    factor is 1).
-    Source: rounding sends an exact midpoint to the larger value, as the NVFP4 codebook kernel of
-    deepcompressor.
-    """
-    group_size = _nvfp4_group_size()
-    per_tensor = 1.0 if tensor_scale is None else tensor_scale.float()
-    absmax_MG = split_groups(x_MK, group_size=group_size).abs().amax(-1).float()
-    fp8 = FORMATS["fp8_e4m3"]
-    raw_MG = absmax_MG / FORMATS["nvfp4"].qmax / per_tensor
-    scales_MG = raw_MG.clamp_max(fp8.qmax).to(fp8.code_dtype)
-    return _round_e2m1(_scaled(x_MK, _nvfp4_factor(scales_MG, tensor_scale))), scales_MG
-
-
-def dequantize_nvfp4(codes_MK: Tensor, scales_MG: Tensor, *, tensor_scale: Tensor | None) -> Tensor:
-    """Inverse of `quantize_nvfp4` up to rounding; float32."""
-    table = torch.tensor(E2M1_VALUES, device=codes_MK.device)
-    values_MGE = split_groups(table[codes_MK.int()], group_size=_nvfp4_group_size())
-    return (values_MGE * _nvfp4_factor(scales_MG, tensor_scale).unsqueeze(-1)).flatten(-2)
-
-
-def choose_nvfp4_tensor_scale(weight_NK: Tensor, *, scale_dtype: torch.dtype) -> Tensor:
-    """Scale of a whole nvfp4 weight, which puts its largest group scale on 448.
-
-    Rounded to scale_dtype; scalar float32; 1 for a zero weight.
-    """
-    largest = weight_NK.abs().amax().float() / FORMATS["nvfp4"].qmax
-    scale = (largest / FORMATS["fp8_e4m3"].qmax).to(scale_dtype).float()
-    return torch.where(scale == 0, 1.0, scale)
-
-
-def _nvfp4_group_size() -> int:
-    group_size = FORMATS["nvfp4"].fixed_group_size
-    assert group_size is not None
-    return group_size
-
-
-def _nvfp4_factor(scales_MG: Tensor, tensor_scale: Tensor | None) -> Tensor:
-    factor_MG = (
-        scales_MG.float() if tensor_scale is None else scales_MG.float() * tensor_scale.float()
-    )
-    return torch.where(factor_MG == 0, 1.0, factor_MG)
-
-
-def _round_e2m1(x_MGE: Tensor) -> Tensor:
-    values = torch.tensor(sorted(set(E2M1_VALUES)), device=x_MGE.device)
-    codes = torch.tensor(
-        [E2M1_VALUES.index(v) for v in values.tolist()], dtype=torch.uint8, device=x_MGE.device
-    )
-    midpoints = (values[1:] + values[:-1]) / 2
-    return codes[torch.bucketize(x_MGE.contiguous(), midpoints, right=True)].flatten(-2)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .packing import unpack_int4
-from .primitives import NumberFormat, dequantize_symmetric, quantize_dynamic, split_groups
+from .primitives import NumberFormat, quantize_dynamic
 
 # tokens per step of the GEMMs: the partial sums of a step are [256, N] float32
 _GEMM_ROWS = 256
@@ -42,8 +42,8 @@ def quantize_act(
     token). shift: added to x first, so that a post-GELU input is never negative and can take an
     unsigned format; both branches see the shifted input, and the caller's bias must carry
     `shifted_bias`.
-    Returns (codes_MK int8, xscales_MG float32, low_MR float32). The branch reads the unquantized
-    smoothed input.
+    Returns (codes_MK in the format's dtype, xscales_MG float32, low_MR float32). The branch reads
+    the unquantized smoothed input.
     """
     if x_MK.ndim != 2:
         raise ValueError(
@@ -76,79 +76,47 @@ def gemm_w4a4(
     proj_up_NR: Tensor,
     bias_N: Tensor | None,
 ) -> Tensor:
-    """4-bit activations times 4-bit weights plus the low-rank branch, float32 [M, N].
+    """Integer activations times 4-bit weights plus the low-rank branch, float32 [M, N].
 
-    codes_MK: int8, in groups like the weight's; or int8 with one scale per token (xscales [M, 1]),
-    which makes this the W4A8 product too. qweight_NJ: `pack_int4` bytes, J = K/2. Order of the
-    sums: low @ up^T + bias first, then groups in ascending order, each adding (integer dot *
-    xscale) * wscale. The dots are exact: a group's products stay below 2^24 in float32 (checked).
+    codes_MK: int8, signed or unsigned, in groups like the weight's; or with one scale per token
+    (xscales [M, 1]), which makes this the W4A8 product too. qweight_NJ: `pack_int4` bytes,
+    J = K/2. Order of the sums: low @ up^T + bias first, then groups in ascending order, each adding
+    (integer dot * xscale) * wscale. The dots are exact, and rounded once when they become float32.
     Extra memory: the weight in float32 and 256 * (N + K) floats.
     Raises ValueError if the shapes contradict each other.
     """
-    G = wscales_NG.shape[-1]
-    weight_NK = unpack_int4(qweight_NJ).float()
-    if xscales_MG.shape[-1] == 1:
-        xscales_MG = xscales_MG.expand(-1, G)
-    _check_gemm(codes_MK, weight_NK, xscales_MG, wscales_NG)
-    assert weight_NK.shape[1] // G * 128 * 8 <= 2**24, (
-        "a group's integer dot no longer fits float32"
-    )
-    weight_NGE = split_groups(weight_NK, group_size=weight_NK.shape[1] // G)
-    wscales_GN = wscales_NG.float().T.contiguous()
     y_MN = _branch(low_MR, proj_up_NR, bias_N)
-    for rows in _row_blocks(len(codes_MK)):
-        codes_mGE = split_groups(codes_MK[rows].float(), group_size=weight_NGE.shape[2])
-        for g in range(G):
-            dots_mN = codes_mGE[:, g] @ weight_NGE[:, g].T
-            y_MN[rows].addcmul_(dots_mN.mul_(xscales_MG[rows, g, None]), wscales_GN[g])
-    return y_MN
+    return _add_integer_product(y_MN, codes_MK, xscales_MG, unpack_int4(qweight_NJ), wscales_NG)
 
 
-def gemm_w4a16(
-    x_hat_MK: Tensor,
-    qweight_NJ: Tensor,
+def gemm_w8a8(
+    codes_MK: Tensor,
+    xscales_MG: Tensor,
+    qweight_NK: Tensor,
     wscales_NG: Tensor,
     low_MR: Tensor,
     proj_up_NR: Tensor,
     bias_N: Tensor | None,
 ) -> Tensor:
-    """Unquantized smoothed input times 4-bit weights plus the low-rank branch, float32 [M, N].
+    """Integer activations times int8 weights plus the low-rank branch, float32 [M, N].
 
-    Extra memory: the dequantized weight in float32.
+    Usually one scale per token and one per output channel (G = 1 on both sides). Where one side has
+    more groups, those are summed, and the other's scales count for all groups they cover. Sums,
+    memory and errors as for `gemm_w4a4`.
     """
-    weight_NK = dequantize_symmetric(unpack_int4(qweight_NJ), wscales_NG.float())
-    return _branch(low_MR, proj_up_NR, bias_N).addmm_(x_hat_MK.float(), weight_NK.T)
-
-
-def gemm_w8a8(
-    codes_MK: Tensor,
-    xscales_M1: Tensor,
-    qweight_NK: Tensor,
-    wscales_N1: Tensor,
-    low_MR: Tensor,
-    proj_up_NR: Tensor,
-    bias_N: Tensor | None,
-) -> Tensor:
-    """int8 per token times int8 per output channel plus the low-rank branch, float32 [M, N].
-
-    low @ up^T + bias, plus (int32 dot * xscale) * wscale. The dot is summed exactly (in int32) and
-    rounded once, when it becomes float32. Extra memory: 1024 channels of the weight in float32 and
-    256 * (2N + 1024) words.
-    """
-    _check_gemm(codes_MK, qweight_NK, xscales_M1, wscales_N1)
-    if wscales_N1.shape[-1] != 1:
-        raise ValueError(
-            f"gemm_w8a8 takes one scale per row, got {wscales_N1.shape[-1]}; set group_size=K"
-        )
-    M, K = codes_MK.shape
     y_MN = _branch(low_MR, proj_up_NR, bias_N)
-    for rows in _row_blocks(M):
-        dots_mN = torch.zeros(y_MN[rows].shape, dtype=torch.int32, device=y_MN.device)
-        for k in range(0, K, _EXACT_INT8_CHANNELS):
-            channels = slice(k, k + _EXACT_INT8_CHANNELS)
-            dots_mN += (codes_MK[rows, channels].float() @ qweight_NK[:, channels].float().T).int()
-        y_MN[rows].addcmul_(dots_mN.float().mul_(xscales_M1[rows]), wscales_N1.float().T)
-    return y_MN
+    return _add_integer_product(y_MN, codes_MK, xscales_MG, qweight_NK, wscales_NG)
+
+
+def gemm_dequantized(
+    x_MK: Tensor, weight_NK: Tensor, low_MR: Tensor, proj_up_NR: Tensor, bias_N: Tensor | None
+) -> Tensor:
+    """The product of every other pair of formats plus the low-rank branch, float32 [M, N].
+
+    x_MK, weight_NK: float32, codes already multiplied by their scales; a 16-bit x is passed as it
+    is, smoothed.
+    """
+    return _branch(low_MR, proj_up_NR, bias_N).addmm_(x_MK.float(), weight_NK.T)
 
 
 def attend_codes(
@@ -210,11 +178,36 @@ def _row_blocks(num_rows: int) -> list[slice]:
     return [slice(start, start + _GEMM_ROWS) for start in range(0, num_rows, _GEMM_ROWS)]
 
 
-def _check_gemm(
-    codes_MK: Tensor, weight_NK: Tensor, xscales_MG: Tensor, wscales_NG: Tensor
-) -> None:
-    if codes_MK.shape[1] != weight_NK.shape[1] or xscales_MG.shape[1] != wscales_NG.shape[1]:
+def _add_integer_product(
+    y_MN: Tensor, codes_MK: Tensor, xscales_MG: Tensor, wcodes_NK: Tensor, wscales_NG: Tensor
+) -> Tensor:
+    """y plus the product, group by group of the side that has more of them; in place."""
+    K, num_x, num_w = codes_MK.shape[1], xscales_MG.shape[1], wscales_NG.shape[1]
+    G = max(num_x, num_w)
+    if wcodes_NK.shape[1] != K or G % num_x or G % num_w or K % G:
         raise ValueError(
-            f"input has {codes_MK.shape[1]} channels in {xscales_MG.shape[1]} groups, "
-            f"the weight {weight_NK.shape[1]} in {wscales_NG.shape[1]}; they must agree"
+            f"input has {K} channels in {num_x} groups, "
+            f"the weight {wcodes_NK.shape[1]} in {num_w}; they must agree"
         )
+    xscales_MG = xscales_MG.repeat_interleave(G // num_x, dim=1)
+    wscales_GN = wscales_NG.float().T.repeat_interleave(G // num_w, dim=0)
+    weight_NK = wcodes_NK.float()
+    for rows in _row_blocks(len(codes_MK)):
+        codes_mK = codes_MK[rows].float()
+        for g in range(G):
+            group = slice(g * (K // G), (g + 1) * (K // G))
+            dots_mN = _exact_dots(codes_mK[:, group], weight_NK[:, group])
+            y_MN[rows].addcmul_(dots_mN.mul_(xscales_MG[rows, g, None]), wscales_GN[g])
+    return y_MN
+
+
+def _exact_dots(codes_mE: Tensor, wcodes_NE: Tensor) -> Tensor:
+    """Integer dots of codes held in float32: summed without rounding, then float32."""
+    E = codes_mE.shape[1]
+    if E <= _EXACT_INT8_CHANNELS:
+        return codes_mE @ wcodes_NE.T
+    dots_mN = codes_mE.new_zeros(len(codes_mE), len(wcodes_NE), dtype=torch.int32)
+    for start in range(0, E, _EXACT_INT8_CHANNELS):
+        part = slice(start, start + _EXACT_INT8_CHANNELS)
+        dots_mN += (codes_mE[:, part] @ wcodes_NE[:, part].T).int()
+    return dots_mN.float()

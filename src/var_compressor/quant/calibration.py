@@ -1,10 +1,13 @@
 """Calibration data, streamed: one generation per prompt, then one block at a time.
 
-The generations are recorded as bits. From the bits the input of block 0 follows for all levels at
-once, and from there each block's inputs are the outputs of the block before: exact, because level
-s of block i depends only on levels up to s of block i - 1.
+Nothing here needs the whole model. A level's input of block i is the output of block i - 1 for that
+level, which depends only on levels up to it. So all recordings go through a block together, and
+then through the next one, also while they are being drawn: one pass over the blocks per level,
+with every level so far at once. The result is exact, and no key or value is kept for longer than a
+block.
 
-Shapes: R guidance rows, L tokens of all levels, C embed_dim, K input channels, T sampled tokens.
+Shapes: R guidance rows of a recording, L tokens of all levels, S sampled tokens of a row, C
+embed_dim, K input channels, N output channels.
 """
 
 from __future__ import annotations
@@ -16,18 +19,24 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from var_compressor.layers.kv_cache import PlainCache
 from var_compressor.models.bits import teacher_inputs
-from var_compressor.models.sampling import Sampling
-from var_compressor.models.schedule import Schedule
+from var_compressor.models.schedule import Level, Schedule
 from var_compressor.models.transformer import Block, KVCache, TextContext, TextFeatures
 from var_compressor.pipeline import InfinityPipeline
+from var_compressor.quant.activations import ActivationStore
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+NewCache = Callable[[int], KVCache]  # rows -> a cache for one layer
+Observe = Callable[[int, str, Tensor], None]  # recording, linear, its input [R, L, K]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One generation: the text it was drawn for and the bits of every level."""
+    """One generation: the text it was drawn for, and the bits of every level that another reads.
+
+    The last level's bits may be there or not.
+    """
 
     text: TextFeatures
     bits: tuple[Tensor, ...]
@@ -42,62 +51,112 @@ class CalibrationTrace:
     guided: bool
 
 
-def record_trace(
+class BlockStream:
+    """The hidden states of recordings on their way through the blocks.
+
+    Between two blocks nothing of the model is needed but what lies outside the blocks.
+    ``contexts`` belong to the recordings by their number; hidden states are in ``store``.
+    """
+
+    def __init__(
+        self,
+        pipeline: InfinityPipeline,
+        schedule: Schedule,
+        contexts: dict[int, TextContext],
+        store: ActivationStore,
+    ) -> None:
+        self.model = pipeline.transformer
+        self.contexts, self.store = contexts, store
+        self.rope_2LD = self.model.rotary_table(schedule)
+
+    @classmethod
+    def of_trace(
+        cls,
+        pipeline: InfinityPipeline,
+        trace: CalibrationTrace,
+        store: ActivationStore,
+        mine: Sequence[int],
+    ) -> BlockStream:
+        """All levels of the recordings ``mine``, before the first block."""
+        texts = {i: trace.recordings[i].text for i in mine}
+        contexts = contexts_of(pipeline, texts, guided=trace.guided)
+        stream = cls(pipeline, trace.schedule, contexts, store)
+        for i in mine:
+            pyramid = pipeline.new_pyramid(trace.schedule, batch=1)
+            bits = [level.to(pipeline.device) for level in trace.recordings[i].bits]
+            stream.start(i, teacher_inputs(bits, pyramid), trace.schedule.levels)
+        return stream
+
+    def start(self, i: int, tokens_BLQ: Tensor | None, levels: Sequence[Level]) -> None:
+        """Put a recording before the first block; tokens of all levels but the first."""
+        context = self.contexts[i]
+        x_RLC = self.model.start_token(context)
+        if tokens_BLQ is not None:
+            x_RLC = torch.cat([x_RLC, self.model.embed_bits(tokens_BLQ, context)], dim=1)
+        self.store.put(i, self.model.add_level_embedding(x_RLC, levels))
+
+    def run(
+        self,
+        block: Block,
+        new_cache: NewCache,
+        levels: Sequence[Level],
+        *,
+        observe: Observe | None = None,
+        names: Sequence[str] = (),
+        keep_output: bool = True,
+    ) -> None:
+        """Send every recording through ``block``; ``observe`` sees the named linears' inputs.
+
+        The input of ``cross_attn.kv`` is the text ``[R, T, C]``.
+        """
+        rope_2LD = self.rope_2LD[:, : levels[-1].end]
+        for i, context in self.contexts.items():
+            x_RLC = self.store.get(i)
+            watched = names if observe is not None else ()
+            with observed_inputs(block, watched, lambda name, x, i=i: observe(i, name, x)):  # type: ignore[misc]
+                kv = block.cross_attn.keys_values(context.text_RTC.to(block.dtype))
+                own = replace(context, cross_kv=(kv,))
+                out_RLC = block(x_RLC, own, rope_2LD, new_cache(len(x_RLC)), 0, levels)
+            if keep_output:
+                self.store.put(i, out_RLC)
+
+
+def contexts_of(
+    pipeline: InfinityPipeline, texts: dict[int, TextFeatures], *, guided: bool
+) -> dict[int, TextContext]:
+    on_device = {i: TextFeatures(t.packed_TE.to(pipeline.device), t.lens) for i, t in texts.items()}
+    return {i: pipeline.condition(t, None, guided=guided) for i, t in on_device.items()}
+
+
+class RecordingCache(PlainCache):
+    """A one-layer cache that hands every key and value it stores to ``keep(k, v)``."""
+
+    keep: Callable[[Tensor, Tensor], None]
+
+    def attend_level(self, layer: int, level: Level, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not level.is_last:
+            self.keep(k, v)
+        return super().attend_level(layer, level, q, k, v)
+
+
+def one_layer_cache(
     pipeline: InfinityPipeline,
-    prompts: Sequence[str],
+    schedule: Schedule,
     *,
-    seed: int,
-    sampling: Sampling,
-    aspect_ratio: float,
-    pixel_budget: str | None,
-    on_progress: Progress,
-) -> CalibrationTrace:
-    """Generate once per prompt (image i with ``seed + i``) and keep what was drawn.
+    keep: Callable[[Tensor, Tensor], None] = lambda k, v: None,
+) -> Callable[[int], RecordingCache]:
+    """Makes caches for a single block, in the dtype that the pipeline computes in."""
+    model = pipeline.transformer
+    config = replace(model.config, depth=1, num_chunks=1)
 
-    Raises: ValueError for guidance inside the blocks or an early stop, which a pass over all levels
-    at once cannot repeat.
-    """
-    if set(sampling.cfg_layers) - {0} or sampling.num_levels is not None:
-        raise ValueError(
-            f"calibration guides the logits and draws every level; sampling has cfg_layers "
-            f"{sampling.cfg_layers}, num_levels {sampling.num_levels}"
+    def new_cache(rows: int) -> RecordingCache:
+        cache = RecordingCache(
+            config, schedule, rows=rows, dtype=model.block_dtype, device=pipeline.device
         )
-    schedule = pipeline.schedule_for(aspect_ratio, pixel_budget)
-    recordings = []
-    for i, prompt in enumerate(prompts):
-        text = pipeline.encode([prompt])
-        drawn = pipeline.draw(text, schedule, seed=seed + i, sampling=sampling, with_trace=True)
-        recordings.append(Recording(text, tuple(bits.cpu() for bits in drawn.trace.bits)))
-        on_progress("recording", i + 1, len(prompts))
-    guided = sampling.guidance(schedule, pipeline.transformer.config.depth).is_on
-    return CalibrationTrace(tuple(recordings), schedule, guided)
+        cache.keep = keep
+        return cache
 
-
-class InputStats:
-    """The input of one linear: per-channel absmax over every token, and a sample of tokens.
-
-    ``sample_per_call`` tokens at most are kept of each call, drawn by ``generator``.
-    """
-
-    def __init__(self, sample_per_call: int, generator: torch.Generator) -> None:
-        self.sample_per_call = sample_per_call
-        self.generator = generator
-        self.absmax_K: Tensor | None = None
-        self.num_tokens = 0
-        self._samples: list[Tensor] = []
-
-    def add(self, x_MK: Tensor) -> None:
-        absmax_K = x_MK.abs().amax(0).float()
-        self.absmax_K = absmax_K if self.absmax_K is None else self.absmax_K.maximum(absmax_K)
-        self.num_tokens += len(x_MK)
-        if len(x_MK) > self.sample_per_call:
-            picked = torch.randperm(len(x_MK), generator=self.generator)[: self.sample_per_call]
-            x_MK = x_MK[picked.to(x_MK.device)]
-        self._samples.append(x_MK.float())
-
-    @property
-    def x_TK(self) -> Tensor:
-        return torch.cat(self._samples)
+    return new_cache
 
 
 @contextmanager
@@ -119,58 +178,90 @@ def observed_inputs(
             handle.remove()
 
 
-@dataclass
-class BlockStream:
-    """The hidden states of every recording on their way through the blocks.
+# --- what is kept of a block's inputs -------------------------------------------------------------
 
-    ``run`` sends them through one block; between two runs nothing else of the model is needed.
+
+@dataclass
+class RecordedInputs:
+    """What one recording put into the linears of a block.
+
+    ``lowest``, ``highest`` float32 ``[K]`` over every token of every level; ``samples`` the input
+    at the sampled tokens ``[R * S, K]``, row after row, or the whole text for ``cross_attn.kv``;
+    ``rows`` the whole input ``[L, C]`` of ``self_attn.qkv`` for chosen guidance rows.
     """
 
-    pipeline: InfinityPipeline
-    trace: CalibrationTrace
-    hidden: list[Tensor] = field(default_factory=list)
-    contexts: list[TextContext] = field(default_factory=list)
+    lowest: dict[str, Tensor] = field(default_factory=dict)
+    highest: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[int, Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        model = self.pipeline.transformer
-        levels = self.trace.schedule.levels
-        for recording in self.trace.recordings:
-            context = self.pipeline.embed_text(recording.text, None, guided=self.trace.guided)
-            pyramid = self.pipeline.new_pyramid(self.trace.schedule, batch=1)
-            bits = [level.to(self.pipeline.device) for level in recording.bits]
-            tokens_BLQ = teacher_inputs(bits, pyramid)
-            x_RLC = torch.cat(
-                [model.start_token(context), model.embed_bits(tokens_BLQ, context)], dim=1
-            )
-            self.hidden.append(model.add_level_embedding(x_RLC, levels))
-            self.contexts.append(replace(context, cross_kv=()))
-        self.rope = model.rotary_table(self.trace.schedule)
+    def add(self, name: str, x_RLK: Tensor, tokens_S: Tensor | None, rows: Sequence[int]) -> None:
+        x_MK = x_RLK.flatten(0, 1)
+        self.lowest[name], self.highest[name] = (x.float() for x in x_MK.aminmax(dim=0))
+        picked = x_RLK if tokens_S is None else x_RLK[:, tokens_S]
+        self.samples[name] = picked.flatten(0, 1).clone()
+        if name == "self_attn.qkv":
+            self.rows = {row: x_RLK[row].clone() for row in rows}
 
-    def run(
-        self,
-        block: Block,
-        new_cache: Callable[[int], KVCache],
-        *,
-        observe: Callable[[str, Tensor], None] = lambda name, x: None,
-        names: Sequence[str] = (),
-        keep_output: bool = True,
-    ) -> None:
-        """Send every recording through ``block``; ``new_cache(rows)`` makes a one-layer cache.
+    def to(self, device: torch.device | str) -> RecordedInputs:
+        moved = {
+            name: {key: tensor.to(device) for key, tensor in tensors.items()}
+            for name, tensors in vars(self).items()
+        }
+        return RecordedInputs(**moved)
 
-        ``observe`` sees the input ``[M, K]`` of each named linear per level, both rows together.
-        """
-        levels = self.trace.schedule.levels
-        sizes = [level.num_tokens for level in levels]
 
-        def split_by_level(name: str, x: Tensor) -> None:
-            is_image = name != "cross_attn.kv"
-            for part in x.split(sizes, dim=1) if is_image else [x]:
-                observe(name, part.flatten(0, 1))
+@dataclass(frozen=True)
+class TokenSample:
+    """Which tokens are kept: the same number of every row, levels as even as their sizes allow.
 
-        for i, (x_RLC, context) in enumerate(zip(self.hidden, self.contexts, strict=True)):
-            with observed_inputs(block, names, split_by_level):
-                kv = block.cross_attn.keys_values(context.text_RTC.to(block.dtype))
-                own = replace(context, cross_kv=(kv,))
-                out = block(x_RLC, own, self.rope, new_cache(len(x_RLC)), 0, levels)
-            if keep_output:
-                self.hidden[i] = out
+    ``tokens[i]`` int64 ``[S]``, ascending, of recording i; ``num_rows`` guidance rows of each.
+    """
+
+    tokens: tuple[Tensor, ...]
+    num_rows: int
+
+    @staticmethod
+    def of(trace: CalibrationTrace, *, max_tokens_per_level: int, seed: int) -> TokenSample:
+        num_rows = 2 if trace.guided else 1
+        share = max(1, max_tokens_per_level // (num_rows * len(trace.recordings)))
+        tokens = tuple(
+            sampled_tokens(trace.schedule, share, torch.Generator().manual_seed(seed + i))
+            for i in range(len(trace.recordings))
+        )
+        return TokenSample(tokens, num_rows)
+
+
+def sampled_tokens(schedule: Schedule, share: int, generator: torch.Generator) -> Tensor:
+    """At most ``share`` positions of every level, ascending."""
+    parts = [
+        level.offset + torch.randperm(level.num_tokens, generator=generator)[:share].sort().values
+        for level in schedule.levels
+    ]
+    return torch.cat(parts)
+
+
+def collect_inputs(
+    stream: BlockStream,
+    block: Block,
+    new_cache: NewCache,
+    levels: Sequence[Level],
+    *,
+    names: Sequence[str],
+    sample: TokenSample,
+    whole_rows: dict[int, list[int]],
+    keep_output: bool,
+) -> dict[int, RecordedInputs]:
+    """Send the stream through a block and keep what its linears read, by recording.
+
+    ``whole_rows[i]``: guidance rows of recording i whose self-attention input is kept whole.
+    """
+    found = {i: RecordedInputs() for i in stream.contexts}
+    tokens = {i: sample.tokens[i].to(stream.rope_2LD.device) for i in stream.contexts}
+
+    def observe(i: int, name: str, x_RLK: Tensor) -> None:
+        is_text = name == "cross_attn.kv"
+        found[i].add(name, x_RLK, None if is_text else tokens[i], whole_rows.get(i, []))
+
+    stream.run(block, new_cache, levels, observe=observe, names=names, keep_output=keep_output)
+    return found

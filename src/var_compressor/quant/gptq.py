@@ -6,17 +6,21 @@ Shapes: N output and K input channels, G groups of E channels (K = G*E), B colum
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from var_compressor.ops.primitives import (
     NumberFormat,
-    choose_scales,
-    dequantize_symmetric,
+    QuantizedWeight,
+    choose_tensor_scale,
     quantize_symmetric,
+    round_scales,
+    round_to_grid,
     split_groups,
+    unrounded_scales,
 )
 
 # while the Hessian is not positive definite, damping grows by this factor, at most so many times
@@ -27,6 +31,7 @@ _DAMP_GROWTH, _DAMP_TRIES = 10.0, 6
 class RoundingOptions:
     """How codes are chosen.
 
+    `scale_dtype`: what group scales are rounded to, where the format does not prescribe it.
     `clip_ratios`: fractions of absmax tried as a group's range; (1.0,) tries none.
 
     GPTQ only: `damp` is the share of the Hessian's mean diagonal added to its diagonal,
@@ -41,17 +46,6 @@ class RoundingOptions:
     damp: float = 0.01
     block_size: int = 128
     act_order: bool = True
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """codes_NK in the format's dtype, scales_NG float32; codes * scales approximates the weight."""
-
-    codes_NK: Tensor
-    scales_NG: Tensor
-
-    def dequantize(self) -> Tensor:
-        return dequantize_symmetric(self.codes_NK, self.scales_NG)
 
 
 WeightRounding = Callable[[Tensor, Tensor | None, RoundingOptions], QuantizedWeight]
@@ -77,13 +71,14 @@ def rtn(weight_NK: Tensor, hessian_KK: Tensor | None, options: RoundingOptions) 
     """Round to nearest, each group with the range that loses least.
 
     A group's loss is its squared error, every channel weighted by its diagonal entry of hessian_KK
-    (None: equally); with clip_ratios (1.0,) the range is the absmax. Ties: the first ratio.
+    (None: equally); with clip_ratios (1.0,) the range is the absmax. Ties: the first ratio. Both
+    may carry leading dimensions: a batch of matrices is rounded as each would be alone.
     Raises ValueError if the channels do not split into groups.
     """
-    scales_NG = _search_scales(weight_NK, hessian_KK, options)
-    return QuantizedWeight(
-        quantize_symmetric(weight_NK, scales_NG, format=options.format), scales_NG
-    )
+    tensor_scale = choose_tensor_scale(weight_NK, format=options.format)
+    scales_NG = _search_scales(weight_NK, tensor_scale, hessian_KK, options)
+    codes_NK = quantize_symmetric(weight_NK, scales_NG, format=options.format)
+    return QuantizedWeight(codes_NK, scales_NG, options.format, tensor_scale)
 
 
 def gptq(weight_NK: Tensor, hessian_KK: Tensor | None, options: RoundingOptions) -> QuantizedWeight:
@@ -111,38 +106,45 @@ def gptq(weight_NK: Tensor, hessian_KK: Tensor | None, options: RoundingOptions)
     inverse_KK = _inverse_factor(hessian_KK[order_K][:, order_K], damp=options.damp)
     # one scale per element makes the permuted columns independent of where their groups went
     scales_NK = nearest.scales_NG.repeat_interleave(options.group_size, dim=-1)
-    codes_NK = torch.empty_like(nearest.codes_NK)
-    codes_NK[:, order_K] = _round_columns(
+    compensated_NK = torch.empty_like(weight_NK, dtype=torch.float32)
+    compensated_NK[:, order_K] = _compensate(
         weight_NK.float()[:, order_K], scales_NK[:, order_K], inverse_KK, options
     )
-    compensated = QuantizedWeight(codes_NK, nearest.scales_NG)
-    error_N = output_errors(weight_NK, compensated, hessian_KK)
+    error_N = output_errors(weight_NK, _with_codes_of(compensated_NK, nearest), hessian_KK)
     worse_N = error_N >= output_errors(weight_NK, nearest, hessian_KK)
-    codes_NK[worse_N] = nearest.codes_NK[worse_N]
-    return compensated
+    kept_NK = torch.where(worse_N.unsqueeze(-1), weight_NK.float(), compensated_NK)
+    return _with_codes_of(kept_NK, nearest)
+
+
+def _with_codes_of(weight_NK: Tensor, quantized: QuantizedWeight) -> QuantizedWeight:
+    """The nearest codes of another weight under the same scales."""
+    codes_NK = quantize_symmetric(weight_NK, quantized.scales_NG, format=quantized.format)
+    return replace(quantized, codes_NK=codes_NK)
 
 
 def _search_scales(
-    weight_NK: Tensor, hessian_KK: Tensor | None, options: RoundingOptions
+    weight_NK: Tensor,
+    tensor_scale: Tensor | None,
+    hessian_KK: Tensor | None,
+    options: RoundingOptions,
 ) -> Tensor:
-    full_NG = choose_scales(
-        weight_NK,
-        format=options.format,
-        group_size=options.group_size,
-        scale_dtype=options.scale_dtype,
+    weight_NK, format = weight_NK.float(), options.format
+    widest_NG = unrounded_scales(weight_NK, format=format, group_size=options.group_size)
+    rounded = partial(
+        round_scales, format=format, scale_dtype=options.scale_dtype, tensor_scale=tensor_scale
     )
-    if options.clip_ratios == (1.0,):
-        return full_NG
-    importance_K = torch.ones(weight_NK.shape[-1], device=weight_NK.device)
-    if hessian_KK is not None:
-        importance_K = hessian_KK.diagonal().float()
-    best_NG, lowest_NG = full_NG, torch.full_like(full_NG, torch.inf)
+    best_NG = rounded(widest_NG * options.clip_ratios[0])
+    if len(options.clip_ratios) == 1:
+        return best_NG
+    importance_1K = (
+        None if hessian_KK is None else hessian_KK.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    )
+    lowest_NG = torch.full_like(best_NG, torch.inf)
     for ratio in options.clip_ratios:
-        scales_NG = (full_NG * ratio).to(options.scale_dtype).float()
-        codes_NK = quantize_symmetric(weight_NK, scales_NG, format=options.format)
-        error_NK = (
-            weight_NK.float() - dequantize_symmetric(codes_NK, scales_NG)
-        ).square_() * importance_K
+        scales_NG = rounded(widest_NG * ratio)
+        error_NK = round_to_grid(weight_NK, scales_NG, format=format).sub_(weight_NK).square_()
+        if importance_1K is not None:
+            error_NK *= importance_1K
         error_NG = split_groups(error_NK, group_size=options.group_size).sum(-1)
         improved_NG = error_NG < lowest_NG
         best_NG = torch.where(improved_NG, scales_NG, best_NG)
@@ -150,27 +152,27 @@ def _search_scales(
     return best_NG
 
 
-def _round_columns(
+def _compensate(
     weight_NK: Tensor, scales_NK: Tensor, inverse_KK: Tensor, options: RoundingOptions
 ) -> Tensor:
-    """Codes of the columns in the given order; inverse_KK is from `_inverse_factor`."""
+    """The weight whose nearest codes are GPTQ's: every column with the errors moved onto it.
+
+    Columns are taken in the given order, one scale per element; inverse_KK is from
+    `_inverse_factor`. Nothing here waits for a GPU.
+    """
     weight_NK = weight_NK.clone()
     K = weight_NK.shape[1]
-    columns = []
     for start in range(0, K, options.block_size):
         end = min(start + options.block_size, K)
-        block_NB, errors_NB = weight_NK[:, start:end], torch.empty_like(weight_NK[:, start:end])
-        for j in range(end - start):
-            k = start + j
-            scale_N1 = scales_NK[:, k : k + 1]
-            column_N1 = block_NB[:, j : j + 1]
-            codes_N1 = quantize_symmetric(column_N1, scale_N1, format=options.format)
-            error_N1 = (column_N1 - codes_N1.float() * scale_N1) / inverse_KK[k, k]
-            block_NB[:, j + 1 :] -= error_N1 * inverse_KK[k, k + 1 : end]
-            errors_NB[:, j : j + 1] = error_N1
-            columns.append(codes_N1)
+        errors_NB = torch.empty_like(weight_NK[:, start:end])
+        for k in range(start, end):
+            column_N1 = weight_NK[:, k : k + 1]
+            rounded_N1 = round_to_grid(column_N1, scales_NK[:, k : k + 1], format=options.format)
+            error_N1 = (column_N1 - rounded_N1) / inverse_KK[k, k]
+            weight_NK[:, k + 1 : end].addcmul_(error_N1, inverse_KK[k, k + 1 : end], value=-1)
+            errors_NB[:, k - start : k - start + 1] = error_N1
         weight_NK[:, end:] -= errors_NB @ inverse_KK[start:end, end:]
-    return torch.cat(columns, dim=1)
+    return weight_NK
 
 
 def _inverse_factor(hessian_KK: Tensor, *, damp: float) -> Tensor:

@@ -1,7 +1,8 @@
 """The low-rank branch: which part of a weight stays in high precision.
 
-Shapes: N rows, K columns, R rank, P columns of a search basis, T tokens. Weights that read the same
-input are split together by stacking their rows first.
+Shapes: N rows, K columns, R rank, P columns of a search basis, T tokens; matrices may carry leading
+batch dimensions, which are factorised together. Weights that read the same input are split together
+by stacking their rows first.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 # up to this smaller side the Gram matrix is diagonalised exactly, which is also the faster way
-_EXACT_SIDE = 512
-# extra directions and powers of the Krylov basis: within 1 % of the full SVD even on flat spectra
+_EXACT_SIDE = 192
+# extra directions and products with the matrix: within 1 % of the full SVD even on flat spectra
 _OVERSAMPLING = 16
-_COLD_DEPTH = 4
-_WARM_DEPTH = 1
+_COLD_PASSES = 5
+_WARM_PASSES = 2
+# share of the input's mean energy that unseen directions are given when the branch is refitted
+_RIDGE = 0.5
 
 
 @dataclass(frozen=True)
@@ -54,61 +57,59 @@ def truncate_exact(matrix_NK: Tensor, *, rank: int) -> LowRankFactors:
     carry no weight.
     """
     matrix_NK = matrix_NK.double()
-    N, K = matrix_NK.shape
+    N, K = matrix_NK.shape[-2:]
     if N >= K:
-        down_RK = _top_eigenvectors(matrix_NK.T @ matrix_NK, rank).T
-        return LowRankFactors((matrix_NK @ down_RK.T).float(), down_RK.float(), None)
-    left_NR = _top_eigenvectors(matrix_NK @ matrix_NK.T, rank)
+        down_RK = _top_eigenvectors(matrix_NK.mT @ matrix_NK, rank).mT
+        return LowRankFactors((matrix_NK @ down_RK.mT).float(), down_RK.float(), None)
+    left_NR = _top_eigenvectors(matrix_NK @ matrix_NK.mT, rank)
     # left^T M is S V^T; its rows are orthogonal, so QR only normalises them, and survives zero rows
-    right_KR, scale_RR = torch.linalg.qr(matrix_NK.T @ left_NR)
-    return LowRankFactors((left_NR @ scale_RR.T).float(), right_KR.T.float(), None)
+    right_KR, scale_RR = torch.linalg.qr(matrix_NK.mT @ left_NR)
+    return LowRankFactors((left_NR @ scale_RR.mT).float(), right_KR.mT.float(), None)
 
 
-def truncate_krylov(
+def truncate_subspace(
     matrix_NK: Tensor, *, rank: int, start_KP: Tensor | None, generator: torch.Generator
 ) -> LowRankFactors:
-    """Near-best rank-R approximation from a block Krylov space: a few products with the matrix.
+    """Near-best rank-R approximation by subspace iteration: a few products with the matrix.
 
     start_KP: `basis_KP` of a similar matrix, which then needs fewer products; None starts from
     `generator`.
-    Source: randomized block Krylov iteration, Musco & Musco 2015, https://arxiv.org/abs/1504.05477
+    Source: randomized subspace iteration, Halko, Martinsson & Tropp 2011,
+    https://arxiv.org/abs/0909.4061
     """
     matrix_NK = matrix_NK.float()
-    N, K = matrix_NK.shape
-    depth = _COLD_DEPTH if start_KP is None else _WARM_DEPTH
+    N, K = matrix_NK.shape[-2:]
+    passes = _COLD_PASSES if start_KP is None else _WARM_PASSES
     if start_KP is None:
         P = min(rank + _OVERSAMPLING, N, K)
         start_KP = torch.randn(K, P, generator=generator, device=generator.device).to(matrix_NK)
-    blocks = [torch.linalg.qr(start_KP).Q]
-    for _ in range(depth):
-        blocks.append(torch.linalg.qr(matrix_NK.T @ (matrix_NK @ blocks[-1])).Q)
-    # more columns than rows would leave the space unchanged
-    basis_KB = torch.linalg.qr(torch.cat(blocks, dim=1)[:, :K]).Q
-    image_NB = matrix_NK @ basis_KB
-    image64_NB = image_NB.double()
-    P = min(rank + _OVERSAMPLING, N, K)
-    rotation_BP = _top_eigenvectors(image64_NB.T @ image64_NB, P).float()
-    basis_KP = basis_KB @ rotation_BP
+    basis_KP = start_KP
+    for _ in range(passes):
+        basis_KP = _orthonormal(matrix_NK.mT @ (matrix_NK @ basis_KP))
+    image_NP = matrix_NK @ basis_KP
+    image64_NP = image_NP.double()
+    rotation_PP = _top_eigenvectors(image64_NP.mT @ image64_NP, basis_KP.shape[-1]).float()
+    basis_KP = basis_KP @ rotation_PP
     return LowRankFactors(
-        image_NB @ rotation_BP[:, :rank], basis_KP[:, :rank].T.contiguous(), basis_KP
+        image_NP @ rotation_PP[..., :rank], basis_KP[..., :rank].mT.contiguous(), basis_KP
     )
 
 
 def truncate(
     matrix_NK: Tensor, *, rank: int, start_KP: Tensor | None, generator: torch.Generator
 ) -> LowRankFactors:
-    """Rank-R factors, exact for small matrices, by `truncate_krylov` for large ones.
+    """Rank-R factors, exact for small matrices, by `truncate_subspace` for large ones.
 
     Raises ValueError for a rank beyond the matrix.
     """
-    smaller_side = min(matrix_NK.shape)
+    smaller_side = min(matrix_NK.shape[-2:])
     if not 0 <= rank <= smaller_side:
         raise ValueError(
             f"rank {rank} does not fit a {tuple(matrix_NK.shape)} matrix; use 0..{smaller_side}"
         )
-    if smaller_side <= _EXACT_SIDE:
-        return truncate_exact(matrix_NK, rank=rank)
-    return truncate_krylov(matrix_NK, rank=rank, start_KP=start_KP, generator=generator)
+    if rank == 0 or smaller_side <= _EXACT_SIDE:
+        return truncate_exact(matrix_NK, rank=rank) if rank else _no_branch(matrix_NK)
+    return truncate_subspace(matrix_NK, rank=rank, start_KP=start_KP, generator=generator)
 
 
 def split_low_rank(
@@ -159,26 +160,51 @@ def split_low_rank(
     return LowRankSplit(factors.up_NR, factors.down_RK, residual_NK, tuple(errors), best_iter)
 
 
-def projection_error(
-    weight_NK: Tensor,
-    x_TK: Tensor,
-    qx_TK: Tensor,
-    up_NR: Tensor,
-    down_RK: Tensor,
-    qresidual_NK: Tensor,
-) -> float:
-    """Squared output error of a split projection, summed over tokens and outputs.
+def refit_branch(
+    missing_NK: Tensor, x_TK: Tensor, *, rank: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The branch (up_NR, down_RK) that brings back most of what codes lost, at the output.
 
-    || qx qresidual^T + x (up down)^T - x weight^T ||^2, where qx is x after activation quantization
-    (smoothed like the weight) and the branch reads x itself.
+    missing_NK: weight minus its dequantized codes. With D = missing - up down, the branch minimises
+    || x D^T ||^2 + ridge || D ||^2, where the ridge, a share of the mean channel's energy, stands
+    for the inputs that the sample does not hold: with U the R strongest output directions of
+    missing under that measure, up is U and down is U^T missing.
     """
-    branch_NK = up_NR @ down_RK
-    difference_TN = qx_TK @ qresidual_NK.T
-    difference_TN.addmm_(x_TK, (branch_NK - weight_NK).T)
-    return float(difference_TN.square().sum(dtype=torch.float64))
+    missing_NK, x_TK = missing_NK.float(), x_TK.float()
+    ridge = _RIDGE * x_TK.square().sum() / x_TK.shape[1]
+    seen_TN = torch.cat([x_TK @ missing_NK.T, ridge.sqrt() * missing_NK.T])
+    outputs = truncate(seen_TN, rank=rank, start_KP=None, generator=generator)
+    return outputs.down_RK.T.contiguous(), outputs.down_RK @ missing_NK
+
+
+def _no_branch(matrix_NK: Tensor) -> LowRankFactors:
+    N, K = matrix_NK.shape[-2:]
+    batch = matrix_NK.shape[:-2]
+    empty = matrix_NK.new_empty(0, dtype=torch.float32)
+    return LowRankFactors(empty.view(*batch, N, 0), empty.view(*batch, 0, K), None)
+
+
+def _orthonormal(columns_KP: Tensor) -> Tensor:
+    """An orthonormal basis of the columns by Cholesky QR, twice; dead directions become zero.
+
+    Gram matrices and small factors are float64, everything runs in batched products: a Householder
+    QR of tall matrices would cost a GPU more than the products it serves.
+    """
+    for _ in range(2):
+        columns64_KP = columns_KP.double()
+        gram_PP = columns64_KP.mT @ columns64_KP
+        # keeps a singular Gram matrix positive definite; the second round removes its effect
+        floor = 1e-13 * gram_PP.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-300
+        gram_PP.diagonal(dim1=-2, dim2=-1).add_(floor.unsqueeze(-1))
+        factor_PP, _ = torch.linalg.cholesky_ex(gram_PP)
+        columns_KP = torch.linalg.solve_triangular(
+            factor_PP, columns64_KP.mT, upper=False
+        ).mT.float()
+    return columns_KP
 
 
 def _top_eigenvectors(gram_SS: Tensor, count: int) -> Tensor:
     """Eigenvectors of the `count` largest eigenvalues as columns, largest first."""
-    _, vectors_SS = torch.linalg.eigh(gram_SS)
-    return vectors_SS.flip(-1)[:, :count]
+    # small matrices: a CPU is faster at them than a GPU
+    _, vectors_SS = torch.linalg.eigh(gram_SS.cpu())
+    return vectors_SS.flip(-1)[..., :count].to(gram_SS.device)

@@ -1,96 +1,69 @@
 """Post-training quantization: a pipeline and prompts in, an artifact out, block after block.
 
 The only file that knows the order of steps: record one generation per prompt, stream the blocks,
-and for every linear smooth, split off the low-rank branch, round, and commit the block to disk.
+quantize every linear of a block, and commit the block to disk.
 
-Shapes: N output and K input channels, R rank, T sampled tokens.
 Source: SVDQuant, Li et al. 2024 (arXiv 2411.05007).
 """
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from var_compressor.artifact import TRANSFORMER_FILE, Manifest, artifact_writer
-from var_compressor.layers.kv_cache import KVParams, PlainCache
+from var_compressor.artifact import (
+    TRACE_FILE,
+    TRANSFORMER_FILE,
+    ArtifactWriter,
+    Manifest,
+    artifact_writer,
+    block_file,
+    read_tensors,
+    write_json,
+)
 from var_compressor.layers.linear import (
-    QuantizedLinear,
     check_runnable,
     linear_specs,
     resolved_group,
+    swap_linears,
 )
 from var_compressor.models import directory
-from var_compressor.models.config import config_to_dict
+from var_compressor.models.config import InfinityConfig, config_to_dict
 from var_compressor.models.inspection import sha256_of
-from var_compressor.models.sampling import Sampling
-from var_compressor.models.schedule import Level, Schedule
-from var_compressor.ops.packing import pack_int4
-from var_compressor.ops.primitives import FORMATS, round_trip
+from var_compressor.models.transformer import Block
 from var_compressor.pipeline import InfinityPipeline
+from var_compressor.quant.activations import ActivationStore, MemoryBounds, activation_store
 from var_compressor.quant.calibration import (
     BlockStream,
     CalibrationTrace,
-    InputStats,
     Progress,
-    record_trace,
+    RecordedInputs,
+    TokenSample,
+    collect_inputs,
+    one_layer_cache,
 )
-from var_compressor.quant.gptq import QuantizedWeight, RoundingOptions, gptq, hessian, rtn
-from var_compressor.quant.kv import KVRange, calibrate_channels, calibrate_shared_percentile
-from var_compressor.quant.lowrank import projection_error, split_low_rank
-from var_compressor.quant.smooth import search_smoothing, smooth_candidates
-from var_compressor.spec import KVSpec, LinearSpec, QuantSpec
-
-CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
-WSCALE_DTYPE = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Collection:
-    """What to calibrate on: prompts by id, the seed of the first image, and how they are drawn."""
-
-    prompts: Mapping[str, str]
-    seed: int
-    sampling: Sampling
-    aspect_ratio: float = 1.0
-    pixel_budget: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        text = json.dumps(sorted(self.prompts.items()))
-        return {
-            "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "num_prompts": len(self.prompts),
-            "seed": self.seed,
-            "sampling": json.loads(json.dumps(asdict(self.sampling))),
-            "aspect_ratio": self.aspect_ratio,
-            "pixel_budget": self.pixel_budget,
-        }
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """What was chosen for one linear and what it cost, on the sampled calibration tokens.
-
-    SNR in dB of the linear's output: ``snr_db`` of the result, ``rtn_snr_db`` of plain rounding in
-    the same formats without smoothing and branch. ``outlier_ratio`` is the largest over the median
-    channel absmax of the input.
-    """
-
-    name: str
-    snr_db: float
-    rtn_snr_db: float
-    alpha: float
-    beta: float
-    low_rank_steps: int
-    outlier_ratio: float
+from var_compressor.quant.inputs import BlockInputs, rows_kept_whole
+from var_compressor.quant.linear import quantize_linear, seeded_generator
+from var_compressor.quant.recording import (
+    Collection,
+    check_recordable,
+    read_trace,
+    record,
+    write_trace,
+)
+from var_compressor.quant.report import TIMING_FILE
+from var_compressor.quant.team import SOLO, Team
+from var_compressor.spec import MODULES, LinearSpec, QuantSpec
 
 
 def quantize_model(
@@ -101,23 +74,22 @@ def quantize_model(
     base: str,
     out: str | Path,
     on_progress: Progress = lambda stage, done, total: None,
+    memory: MemoryBounds = MemoryBounds(),  # noqa: B008 - frozen
+    team: Team = SOLO,
 ) -> Manifest:
     """Compress the transformer of ``pipeline`` into the directory ``out``.
 
     ``base`` is where the pipeline came from (a name or directory), which the artifact refers to
     for VAE and text encoder. A killed run is continued by the same call; ``on_progress`` gets
-    (stage, done, total).
+    (stage, done, total). Only one block at a time is on the device if the pipeline streams them.
     Raises: ArtifactError when ``out`` holds something else, ValueError for a pipeline that is
-    compressed already, formats without an op, or a group size or rank that does not fit a linear.
+    compressed already, or group sizes or a rank that do not fit a linear.
     """
     if pipeline.is_compressed:
         raise ValueError(f"{base}: is compressed already; give the full-precision model")
+    check_recordable(collection.sampling)
     model = pipeline.transformer
-    num_blocks = len(model.blocks)
-    specs = [linear_specs(spec, block, index) for index, block in enumerate(model.blocks)]
-    for block, block_specs in zip(model.blocks, specs, strict=True):
-        for name, linear_spec in block_specs.items():
-            check_fits(name, block.get_submodule(name), linear_spec)
+    specs = specs_by_block(spec, model.config)
     manifest = Manifest(
         config=config_to_dict(model.config),
         base=describe_base(base),
@@ -125,29 +97,219 @@ def quantize_model(
         calibration={**collection.to_dict(), "dtype": str(model.block_dtype).split(".")[1]},
         files={},
     )
-    sample_per_call = max(1, spec.calibration.max_tokens_per_level // len(collection.prompts))
-    with artifact_writer(out, manifest.to_json()) as writer, torch.inference_mode():
-        trace = record(pipeline, collection, on_progress)
-        stream = BlockStream(pipeline, trace)
-        new_cache = one_layer_cache(pipeline, trace.schedule)
-        for index, block in enumerate(model.blocks):
-            generator = torch.Generator().manual_seed(spec.calibration.seed + index)
-            is_done = writer.has_block(index)
-            wanted = {} if is_done else specs[index]
-            stats = {name: InputStats(sample_per_call, generator) for name in wanted}
-            stream.run(
-                block,  # type: ignore[arg-type]
-                new_cache,
-                observe=lambda name, x, stats=stats: stats[name].add(x),  # type: ignore[misc]
-                names=list(wanted),
-            )
-            if not is_done:
-                tensors, reports = quantize_block(block, wanted, stats, generator=generator)
-                writer.put_block(index, tensors, {"linears": [asdict(r) for r in reports]})
-            on_progress("quantizing", index + 1, num_blocks)
+    with (
+        shared_writer(out, manifest.to_json(), team) as writer,
+        torch.inference_mode(),
+        activation_store(pipeline.device, memory, writer.folder) as store,
+    ):
+        run = _Run(pipeline, spec, specs, writer, team, store, on_progress)
+        trace = run.trace(collection)
+        run.quantize_blocks(trace)
+        if not team.is_first:
+            return manifest
         outside = {n: t for n, t in model.state_dict().items() if not n.startswith("blocks.")}
         writer.put_tensors(TRANSFORMER_FILE, outside)
-        return writer.finish(manifest, num_blocks)
+        return writer.finish(manifest, len(specs))
+
+
+@contextmanager
+def shared_writer(
+    out: str | Path, identity: dict[str, Any], team: Team
+) -> Iterator[ArtifactWriter]:
+    """The first process's writer; the others read what it has written, and wait for it here."""
+    if not team.is_first:
+        team.told_by_first(None)
+        yield ArtifactWriter(Path(out))
+        return
+    with artifact_writer(out, identity) as writer:
+        team.told_by_first(None)
+        yield writer
+
+
+@dataclass
+class _Run:
+    """One run over all blocks: what every step needs."""
+
+    pipeline: InfinityPipeline
+    spec: QuantSpec
+    specs: list[dict[str, LinearSpec]]
+    writer: ArtifactWriter
+    team: Team
+    store: ActivationStore
+    on_progress: Progress
+    timing: dict[str, Any] = field(default_factory=lambda: {"stages": {}, "blocks": {}})
+
+    def trace(self, collection: Collection) -> CalibrationTrace:
+        """The recordings: those of the run that was cut off, or new ones."""
+        path = self.writer.folder / TRACE_FILE
+        timing = self.writer.folder / TIMING_FILE
+        began = perf_counter()
+        if self.team.told_by_first(path.exists()):
+            if timing.exists():
+                self.timing = json.loads(timing.read_text())
+            schedule = self.pipeline.schedule_for(collection.aspect_ratio, collection.pixel_budget)
+            depth = self.pipeline.transformer.config.depth
+            guided = collection.sampling.guidance(schedule, depth).is_on
+            return read_trace(path, schedule, guided=guided)
+        trace = record(
+            self.pipeline, collection, self.store, on_progress=self.on_progress, team=self.team
+        )
+        self.timing["stages"]["recording"] = perf_counter() - began
+        if self.team.is_first:
+            write_trace(path, trace)
+        return trace
+
+    def quantize_blocks(self, trace: CalibrationTrace) -> None:
+        calibration = self.spec.calibration
+        mine = self.team.mine(len(trace.recordings))
+        stream = BlockStream.of_trace(self.pipeline, trace, self.store, mine)
+        sample = TokenSample.of(
+            trace, max_tokens_per_level=calibration.max_tokens_per_level, seed=calibration.seed
+        )
+        done = self.team.told_by_first(
+            [self.writer.has_block(index) for index in range(len(self.specs))]
+        )
+        for index, block in enumerate(self.pipeline.transformer.blocks):
+            assert isinstance(block, Block)
+            began = perf_counter()
+            if done[index]:
+                self._pass_through(stream, trace, index, block)
+            else:
+                recorded = self._collect(stream, trace, sample, index, block)
+                streamed = perf_counter() - began
+                inputs = BlockInputs(block, recorded, sample, trace.schedule, stream.rope_2LD)
+                tensors, reports, seconds = self._quantize_block(index, block, inputs)
+                self._commit(index, tensors, reports, {"inputs": streamed, **seconds})
+                if calibration.prefix == "quantized":
+                    quantized = quantized_block(block, self.specs[index], tensors)
+                    self._advance(stream, trace, quantized)
+            self.on_progress("quantizing", (index + 1) * len(MODULES), self._num_steps)
+
+    @property
+    def _num_steps(self) -> int:
+        return len(self.specs) * len(MODULES)
+
+    def _advance(self, stream: BlockStream, trace: CalibrationTrace, block: Block) -> None:
+        stream.run(block, one_layer_cache(self.pipeline, trace.schedule), trace.schedule.levels)
+
+    def _pass_through(
+        self, stream: BlockStream, trace: CalibrationTrace, index: int, block: Block
+    ) -> None:
+        """Go on behind a block that is finished."""
+        if self.spec.calibration.prefix == "quantized":
+            path = self.writer.folder / block_file(index)
+            tensors = read_tensors(path, str(self.pipeline.device))
+            block = quantized_block(block, self.specs[index], tensors)
+        self._advance(stream, trace, block)
+
+    def _collect(
+        self,
+        stream: BlockStream,
+        trace: CalibrationTrace,
+        sample: TokenSample,
+        index: int,
+        block: Block,
+    ) -> dict[int, RecordedInputs]:
+        """Everybody's recorded inputs of the block; moves the stream on, if nothing else will."""
+        schedule = trace.schedule
+        whole_rows = rows_kept_whole(
+            index,
+            num_recordings=len(trace.recordings),
+            num_rows=sample.num_rows,
+            tokens_per_row=schedule.num_tokens,
+            max_tokens=self.spec.calibration.max_attention_tokens,
+        )
+        mine = collect_inputs(
+            stream,
+            block,
+            one_layer_cache(self.pipeline, schedule),
+            schedule.levels,
+            names=MODULES,
+            sample=sample,
+            whole_rows=whole_rows,
+            keep_output=self.spec.calibration.prefix == "full",
+        )
+        if self.team.size == 1:
+            return mine
+        everybodys = self.team.merged({i: inputs.to("cpu") for i, inputs in mine.items()})
+        return {i: inputs.to(self.pipeline.device) for i, inputs in everybodys.items()}
+
+    def _quantize_block(
+        self, index: int, block: Block, inputs: BlockInputs
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]], dict[str, float]]:
+        """Every tensor of the compressed block, a report and the seconds of each linear."""
+        specs = self.specs[index]
+        names = list(specs)
+        sizes = [block.get_submodule(name).weight.numel() for name in names]  # type: ignore[operator]
+        mine: dict[int, Any] = {}
+        for job, owner in enumerate(self.team.owners(sizes)):
+            if owner == self.team.rank:
+                mine[job] = self._quantize_one(index, names[job], block, inputs)
+                steps = index * len(MODULES) + len(mine)
+                self.on_progress("quantizing", steps, self._num_steps)
+        results = self.team.merged(mine).values()
+        tensors = dict(block.state_dict())
+        for name, (state, _, _) in zip(names, results, strict=True):
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{key}": value for key, value in state.items()}
+        reports = [report for _, report, _ in results]
+        seconds = {name: time for name, (_, _, time) in zip(names, results, strict=True)}
+        return tensors, reports, seconds
+
+    def _quantize_one(
+        self, index: int, name: str, block: Block, inputs: BlockInputs
+    ) -> tuple[dict[str, Tensor], dict[str, Any], float]:
+        began = perf_counter()
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        read = inputs.of(name)
+        quantized, report = quantize_linear(
+            name,
+            linear,
+            self.specs[index][name],
+            read,
+            inputs.objective(name, read),
+            generator=seeded_generator(self.spec.calibration.seed, f"blocks.{index}.{name}"),
+        )
+        state = {key: tensor.cpu() for key, tensor in quantized.state_dict().items()}
+        return state, asdict(report), perf_counter() - began
+
+    def _commit(
+        self,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        reports: list[dict[str, Any]],
+        seconds: Mapping[str, float],
+    ) -> None:
+        if self.team.is_first:
+            self.timing["blocks"][str(index)] = dict(seconds)
+            write_json(self.writer.folder / TIMING_FILE, self.timing)
+            self.writer.put_block(index, tensors, {"linears": reports})
+
+
+def quantized_block(
+    block: Block, specs: Mapping[str, LinearSpec], tensors: Mapping[str, Tensor]
+) -> Block:
+    """The block as the artifact has it, in a copy."""
+    block = copy.deepcopy(block)
+    swap_linears(block, specs)
+    device = block.ada_offset.device
+    block.load_state_dict({n: t.to(device) for n, t in tensors.items()}, assign=True)
+    return block
+
+
+def specs_by_block(spec: QuantSpec, config: InfinityConfig) -> list[dict[str, LinearSpec]]:
+    """What happens to the linears of each block.
+
+    Raises: ValueError naming the linear when formats, groups or rank cannot be had.
+    """
+    with torch.device("meta"):
+        block = Block(config)
+    specs = [linear_specs(spec, block, index) for index in range(config.depth)]
+    for block_specs in specs:
+        for name, linear_spec in block_specs.items():
+            check_fits(name, block.get_submodule(name), linear_spec)
+    return specs
 
 
 def check_fits(name: str, linear: nn.Module, spec: LinearSpec) -> None:
@@ -167,236 +329,14 @@ def check_fits(name: str, linear: nn.Module, spec: LinearSpec) -> None:
             raise ValueError(f"{name}: {error}") from None
 
 
-def record(
-    pipeline: InfinityPipeline, collection: Collection, on_progress: Progress
-) -> CalibrationTrace:
-    """The collection's generations."""
-    return record_trace(
-        pipeline,
-        list(collection.prompts.values()),
-        seed=collection.seed,
-        sampling=collection.sampling,
-        aspect_ratio=collection.aspect_ratio,
-        pixel_budget=collection.pixel_budget,
-        on_progress=on_progress,
-    )
-
-
-def one_layer_cache(
-    pipeline: InfinityPipeline,
-    schedule: Schedule,
-    *,
-    keep: Callable[[Tensor, Tensor], None] = lambda k, v: None,
-) -> Callable[[int], RecordingCache]:
-    """Makes caches for a single block, in the dtype that the pipeline computes in."""
-    model = pipeline.transformer
-    config = replace(model.config, depth=1, num_chunks=1)
-
-    def new_cache(rows: int) -> RecordingCache:
-        cache = RecordingCache(
-            config, schedule, rows=rows, dtype=model.block_dtype, device=pipeline.device
-        )
-        cache.keep = keep
-        return cache
-
-    return new_cache
-
-
-class RecordingCache(PlainCache):
-    """A one-layer cache that hands every key and value it stores to ``keep(k, v)``."""
-
-    keep: Callable[[Tensor, Tensor], None]
-
-    def attend_level(self, layer: int, level: Level, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not level.is_last:
-            self.keep(k, v)
-        return super().attend_level(layer, level, q, k, v)
-
-
-def calibrate_kv(
-    pipeline: InfinityPipeline,
-    collection: Collection,
-    spec: KVSpec,
-    *,
-    on_progress: Progress = lambda stage, done, total: None,
-) -> tuple[list[KVParams], list[dict[str, Any]]]:
-    """Affine int8 parameters of every layer's cache, and a report per layer.
-
-    Streams like ``quantize_model``: all prompts, all levels that are ever stored, both guidance
-    rows, one layer's keys and values at a time. ``pipeline`` may be compressed already.
-    """
-    trace = record(pipeline, collection, on_progress)
-    model, params, reports = pipeline.transformer, [], []
-    with torch.inference_mode():
-        stream = BlockStream(pipeline, trace)
-        for index, block in enumerate(model.blocks):
-            kept: list[tuple[Tensor, Tensor]] = []
-            new_cache = one_layer_cache(pipeline, trace.schedule, keep=lambda *kv: kept.append(kv))  # noqa: B023
-            stream.run(block, new_cache)  # type: ignore[arg-type]
-            k_HTD, v_HTD = (
-                torch.cat([x.float().transpose(0, 1).flatten(1, 2) for x in tensors], dim=1)
-                for tensors in zip(*kept, strict=True)
-            )
-            k_range, v_range = find_range(k_HTD, spec), find_range(v_HTD, spec)
-            params.append(
-                KVParams(
-                    k_range.scale_HD, k_range.zero_point_HD, v_range.scale_HD, v_range.zero_point_HD
-                )
-            )
-            reports.append(
-                {
-                    "layer": index,
-                    "k_snr_db": range_snr_db(k_HTD, k_range),
-                    "v_snr_db": range_snr_db(v_HTD, v_range),
-                    "num_tokens": k_HTD.shape[1],
-                }
-            )
-            on_progress("calibrating", index + 1, len(model.blocks))
-    return params, reports
-
-
-def find_range(x_HTD: Tensor, spec: KVSpec) -> KVRange:
-    if spec.mode == "shared_percentile":
-        return calibrate_shared_percentile(x_HTD)
-    return calibrate_channels(x_HTD, nbits=8)
-
-
-def range_snr_db(x_HTD: Tensor, found: KVRange) -> float:
-    signal = x_HTD.double().square().mean()
-    return float(10 * torch.log10(signal / found.mse_HD.double().mean().clamp_min(1e-30)))
-
-
 def describe_base(base: str) -> dict[str, Any]:
     """Where the base model is and the hashes of its VAE and transformer files."""
     folder, given = directory.resolve(base), Path(base).expanduser()
     source = str(given.absolute()) if folder == given else base
-    parts = {
-        part: {path.name: sha256_of(path) for path in sorted((folder / part).glob("*.safetensors"))}
-        for part in ("transformer", "vae")
-    }
+    parts = {}
+    for part in ("transformer", "vae"):
+        paths = sorted((folder / part).glob("*.safetensors"))
+        with ThreadPoolExecutor() as pool:
+            hashes = pool.map(sha256_of, paths)
+            parts[part] = {path.name: digest for path, digest in zip(paths, hashes, strict=True)}
     return {"source": source, **parts}
-
-
-def quantize_block(
-    block: nn.Module,
-    specs: Mapping[str, LinearSpec],
-    stats: Mapping[str, InputStats],
-    *,
-    generator: torch.Generator,
-) -> tuple[dict[str, Tensor], list[LinearReport]]:
-    """Every tensor of the compressed block, and a report per quantized linear."""
-    tensors = dict(block.state_dict())
-    reports = []
-    for name, spec in specs.items():
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        del tensors[f"{name}.weight"]
-        quantized, report = quantize_linear(
-            name, linear, spec, stats[name].x_TK, stats[name].absmax_K, generator=generator
-        )
-        tensors |= {f"{name}.{key}": value for key, value in quantized.state_dict().items()}
-        reports.append(report)
-    return tensors, reports
-
-
-def quantize_linear(
-    name: str,
-    linear: nn.Linear,
-    spec: LinearSpec,
-    x_TK: Tensor,
-    absmax_K: Tensor | None,
-    *,
-    generator: torch.Generator,
-) -> tuple[QuantizedLinear, LinearReport]:
-    """Smooth, split, round; measured against the linear it replaces on ``x_TK``."""
-    assert absmax_K is not None
-    weight_NK = linear.weight.float()
-    round_weight = partial(rounded, spec=spec)
-    round_act = partial(act_round_trip, spec=spec)
-    candidates = smooth_candidates(spec.smooth.num_grids) if spec.smooth.enabled else [(0.0, 0.0)]
-    smoothing = search_smoothing(
-        [weight_NK],
-        x_TK,
-        absmax_K,
-        candidates=candidates,
-        rank=spec.low_rank.rank,
-        quantize_weight=lambda w: round_weight(w, None).dequantize(),
-        quantize_act=round_act,
-        output_fn=None,
-        generator=generator,
-    )
-    smoothed_NK, x_hat_TK = weight_NK * smoothing.factors_K, x_TK / smoothing.factors_K
-    split = split_low_rank(
-        smoothed_NK,
-        rank=spec.low_rank.rank,
-        quantize_residual=lambda w: round_weight(w, None).dequantize(),
-        evaluate_error=partial(projection_error, smoothed_NK, x_hat_TK, round_act(x_hat_TK)),
-        max_iters=spec.low_rank.max_iters,
-        patience=spec.low_rank.patience,
-        generator=generator,
-    )
-    up_NR, down_RK = split.up_NR.bfloat16(), split.down_RK.bfloat16()
-    # the codes absorb what rounding the branch to bf16 left over
-    residual_NK = smoothed_NK - up_NR.float() @ down_RK.float()
-    gram_KK = hessian(round_act(x_hat_TK)) if spec.weight.rounding == "gptq" else None
-    codes = round_weight(residual_NK, gram_KK)
-
-    quantized = QuantizedLinear(
-        linear.in_features, linear.out_features, spec, bias_dtype=linear.bias.dtype
-    )
-    packed = pack_int4(codes.codes_NK) if FORMATS[spec.weight.format].nbits == 4 else codes.codes_NK
-    quantized.load_state_dict(
-        {
-            "qweight": packed,
-            "wscales": codes.scales_NG.to(WSCALE_DTYPE),
-            "smooth_factor": smoothing.factors_K,
-            "proj_down": down_RK,
-            "proj_up": up_NR,
-            "bias": linear.bias,
-        }
-    )
-    quantized.to(linear.weight.device)
-    wanted_TN = nn.functional.linear(x_TK, weight_NK)
-    got_TN = quantized(x_TK) - linear.bias.float()
-    plain_TN = round_act(x_TK) @ round_weight(weight_NK, None).dequantize().T
-    report = LinearReport(
-        name,
-        snr_db=snr_db(wanted_TN, got_TN),
-        rtn_snr_db=snr_db(wanted_TN, plain_TN),
-        alpha=smoothing.alpha,
-        beta=smoothing.beta,
-        low_rank_steps=len(split.errors),
-        outlier_ratio=float(absmax_K.max() / absmax_K.median().clamp_min(1e-12)),
-    )
-    return quantized, report
-
-
-def rounded(weight_NK: Tensor, hessian_KK: Tensor | None, *, spec: LinearSpec) -> QuantizedWeight:
-    """Codes and scales of a weight; GPTQ where a Hessian is given, else to nearest."""
-    options = RoundingOptions(
-        format=FORMATS[spec.weight.format],
-        group_size=resolved_group(spec.weight.group_size, weight_NK.shape[1]),
-        scale_dtype=WSCALE_DTYPE,
-        clip_ratios=CLIP_RATIOS if spec.weight.range_search else (1.0,),
-    )
-    return (rtn if hessian_KK is None else gptq)(weight_NK, hessian_KK, options)
-
-
-def act_round_trip(x_TK: Tensor, *, spec: LinearSpec) -> Tensor:
-    """The input as the quantized linear sees it, dequantized; unchanged for 16 bits."""
-    if spec.act.format is None:
-        return x_TK
-    group_size = resolved_group(spec.act.group_size, x_TK.shape[1])
-    return round_trip(
-        x_TK,
-        format=FORMATS[spec.act.format],
-        group_size=group_size,
-        scale_dtype=torch.float32,
-    )
-
-
-def snr_db(wanted: Tensor, got: Tensor) -> float:
-    """Signal-to-noise ratio in dB; 200 stands for no measurable error."""
-    signal, noise = wanted.double().square().sum(), (wanted - got).double().square().sum()
-    # a linear whose input is zero throughout has neither
-    return 200.0 if noise == 0 else float((10 * torch.log10(signal / noise)).clamp(-200, 200))

@@ -1,7 +1,7 @@
 """Smoothing: per-channel factors that move the range of an input into the weight.
 
-Shapes: N output and K input channels, T calibration tokens. Convention: the input is divided by the
-factors at run time, the weight's columns are multiplied by them.
+Shapes: C candidates, N output and K input channels, R rank, T calibration tokens. Convention: the
+input is divided by the factors at run time, the weight's columns are multiplied by them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from .lowrank import truncate
+from .objectives import Objective
+
+# float32 copies of weights, inputs and outputs that a group of candidates may take together
+_CHUNK_BYTES = 2**29
 
 
 @dataclass(frozen=True)
@@ -54,58 +58,86 @@ def smoothing_factors(
 
 
 def search_smoothing(
-    weights: Sequence[Tensor],
-    x_TK: Tensor,
+    weight_NK: Tensor,
+    objective: Objective,
     x_absmax_K: Tensor,
     *,
     candidates: Sequence[tuple[float, float]],
     rank: int,
     quantize_weight: Callable[[Tensor], Tensor],
     quantize_act: Callable[[Tensor], Tensor],
-    output_fn: Callable[[list[Tensor]], Tensor] | None,
+    shift: float,
     generator: torch.Generator,
 ) -> SmoothSearch:
-    """Keep the candidate whose quantized projections have the lowest squared output error.
+    """Keep the candidate with the lowest error of `objective`, the low-rank branch taking part.
 
-    weights: [N_i, K] matrices that read the same input x_TK (unsmoothed calibration tokens);
-    x_absmax_K may come from more tokens than x_TK holds. rank: of the low-rank branch fitted once
-    per candidate, jointly for all weights (0: none). quantize_weight, quantize_act: float matrix ->
-    its dequantized image; each weight is passed on its own. output_fn: maps the projections'
-    outputs, [T, N_i] without bias and in the order of `weights`, to what is compared, such as the
-    output of the attention they feed; None compares the projections themselves. Ties go to the
-    later candidate. One candidate at a time is in memory: two float32 copies of the weights.
-    Raises ValueError without candidates or weights, or if every candidate's error is NaN.
+    weight_NK: all matrices that share the input, stacked. x_absmax_K: largest |input + shift| of
+    each channel, perhaps over more tokens than the objective holds. rank: of the branch fitted once
+    per candidate (0: none). quantize_weight, quantize_act: float tensors [C, N, K] and [C, T, K] ->
+    their dequantized images. shift: added to the input before smoothing, and taken out of the
+    output again. Candidates are tried in groups, as many at once as fit `_CHUNK_BYTES`. Ties go to
+    the later candidate.
+    Raises ValueError without candidates, or if every candidate's error is NaN.
     Source: candidates and objective as in deepcompressor's SmoothLinearCalibrator.
     """
-    if not weights or not candidates:
-        raise ValueError(f"nothing to search: {len(weights)} weights, {len(candidates)} candidates")
-    sizes = [len(w) for w in weights]
-    stacked_NK = torch.cat([w.float() for w in weights])
-    x_TK = x_TK.float()
-    w_absmax_K = stacked_NK.abs().amax(0)
-    compared = output_fn if output_fn is not None else lambda outputs: torch.cat(outputs, dim=-1)
-    wanted = compared(list((x_TK @ stacked_NK.T).split(sizes, dim=-1)))
-    errors: list[float] = []
-    best, lowest, basis_KP = -1, float("inf"), None
-    for alpha, beta in candidates:
-        factors_K = smoothing_factors(x_absmax_K, w_absmax_K, alpha=alpha, beta=beta)
-        smoothed_NK, x_hat_TK = stacked_NK * factors_K, x_TK / factors_K
-        # neighbouring candidates are nearly the same matrix, so the search for the branch starts
-        # from the last one
-        branch = truncate(smoothed_NK, rank=rank, start_KP=basis_KP, generator=generator)
-        basis_KP = branch.basis_KP
-        y_TN = (x_hat_TK @ branch.down_RK.T) @ branch.up_NR.T
-        residual_NK = smoothed_NK.addmm_(branch.up_NR, branch.down_RK, alpha=-1)
-        qresidual_NK = torch.cat(
-            [quantize_weight(part).float() for part in residual_NK.split(sizes)]
+    if not candidates:
+        raise ValueError("nothing to search: no candidates")
+    weight_NK, x_TK = weight_NK.float(), objective.x_TK + shift
+    w_absmax_K = weight_NK.abs().amax(0)
+    factors_CK = torch.stack(
+        [smoothing_factors(x_absmax_K, w_absmax_K, alpha=a, beta=b) for a, b in candidates]
+    )
+    errors_C, basis_KP = [], None
+    for chunk_CK in factors_CK.split(_chunk_size(weight_NK, x_TK)):
+        smoothed_CNK = weight_NK * chunk_CK[:, None]
+        branch = truncate(smoothed_CNK, rank=rank, start_KP=basis_KP, generator=generator)
+        if branch.basis_KP is not None:
+            # neighbouring candidates are nearly the same matrix: the next group starts here
+            basis_KP = branch.basis_KP[-1]
+        residual_CNK = smoothed_CNK.sub_(branch.up_NR @ branch.down_RK)
+        qresidual_CNK = quantize_weight(residual_CNK)
+        del smoothed_CNK, residual_CNK
+        y_CTN = compressed_output(
+            x_TK / chunk_CK[:, None],
+            chunk_CK,
+            (branch.up_NR, branch.down_RK),
+            qresidual_CNK,
+            quantize_act=quantize_act,
+            shift=shift,
         )
-        y_TN.addmm_(quantize_act(x_hat_TK).float(), qresidual_NK.T)
-        found = compared(list(y_TN.split(sizes, dim=-1)))
-        errors.append(float((found - wanted).square().sum(dtype=torch.float64)))
-        if errors[-1] <= lowest:
-            best, lowest = len(errors) - 1, errors[-1]
-    if best < 0:
+        errors_C.append(objective.errors(y_CTN))
+    errors = torch.cat(errors_C).tolist()
+    comparable = [(error, -i) for i, error in enumerate(errors) if error == error]
+    if not comparable:
         raise ValueError("every candidate's output error is NaN; look at the inputs and weights")
-    alpha, beta = candidates[best]
-    factors_K = smoothing_factors(x_absmax_K, w_absmax_K, alpha=alpha, beta=beta)
-    return SmoothSearch(factors_K, alpha, beta, tuple(candidates), tuple(errors))
+    best = -min(comparable)[1]
+    return SmoothSearch(factors_CK[best], *candidates[best], tuple(candidates), tuple(errors))
+
+
+def compressed_output(
+    x_hat_CTK: Tensor,
+    factors_CK: Tensor,
+    branch: tuple[Tensor, Tensor],
+    qresidual_CNK: Tensor,
+    *,
+    quantize_act: Callable[[Tensor], Tensor],
+    shift: float,
+) -> Tensor:
+    """What quantized linears put out, without bias: [C, T, N] float32.
+
+    x_hat_CTK: shifted and smoothed inputs; branch: (up_CNR, down_CRK); qresidual_CNK: dequantized
+    codes. The branch reads the unquantized input.
+    """
+    up_CNR, down_CRK = branch
+    y_CTN = quantize_act(x_hat_CTK) @ qresidual_CNK.mT
+    y_CTN += (x_hat_CTK @ down_CRK.mT) @ up_CNR.mT
+    if shift:
+        # what the shift alone puts out is part of the stored bias
+        inverse_CK1 = shift / factors_CK.unsqueeze(-1)
+        y_CTN -= (qresidual_CNK @ inverse_CK1 + up_CNR @ (down_CRK @ inverse_CK1)).mT
+    return y_CTN
+
+
+def _chunk_size(weight_NK: Tensor, x_TK: Tensor) -> int:
+    (N, K), T = weight_NK.shape, len(x_TK)
+    return max(1, _CHUNK_BYTES // (4 * (3 * N * K + 3 * T * K + 3 * T * N)))

@@ -1,0 +1,260 @@
+"""One linear: smooth, split off the low-rank branch, round, refit; and what each step gave.
+
+Shapes: N output and K input channels, R rank, T sampled tokens; leading C for candidates.
+Source: SVDQuant, Li et al. 2024 (arXiv 2411.05007).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from var_compressor.layers.linear import QuantizedLinear, resolved_group
+from var_compressor.ops.primitives import (
+    FORMATS,
+    QuantizedWeight,
+    choose_tensor_scale,
+    round_trip,
+)
+from var_compressor.quant.gptq import RoundingOptions, gptq, hessian, rtn
+from var_compressor.quant.lowrank import refit_branch, split_low_rank, truncate
+from var_compressor.quant.objectives import Objective
+from var_compressor.quant.report import LinearReport, warnings_for
+from var_compressor.quant.smooth import compressed_output, search_smoothing, smooth_candidates
+from var_compressor.spec import LinearSpec
+
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+WSCALE_DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """What a linear read during calibration.
+
+    ``x_TK`` a sample of tokens; ``lowest_K``, ``highest_K`` over every token.
+    """
+
+    x_TK: Tensor
+    lowest_K: Tensor
+    highest_K: Tensor
+
+    def absmax(self, shift: float) -> Tensor:
+        """Largest magnitude of each channel after ``shift`` is added."""
+        return torch.maximum((self.lowest_K + shift).abs(), (self.highest_K + shift).abs())
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A generator for the linear ``name`` (as in ``blocks.0.ffn.fc2``), whoever works on it."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def quantize_linear(
+    name: str,
+    linear: nn.Linear,
+    spec: LinearSpec,
+    inputs: LinearInputs,
+    objective: Objective,
+    *,
+    generator: torch.Generator,
+) -> tuple[QuantizedLinear, LinearReport]:
+    """The quantized linear that ``objective`` likes best, and a report on ``inputs.x_TK``.
+
+    The searches judge by ``objective``; the report's signal-to-noise ratios are of the linear's own
+    output.
+    """
+    weight_NK, shift, rank = linear.weight.float(), spec.shift, spec.low_rank.rank
+    round_weight, round_act = partial(nearest, spec=spec), partial(act_round_trip, spec=spec)
+    candidates = smooth_candidates(spec.smooth.num_grids) if spec.smooth.enabled else [(0.0, 0.0)]
+    smoothing = search_smoothing(
+        weight_NK,
+        objective,
+        inputs.absmax(shift),
+        candidates=candidates,
+        rank=rank,
+        quantize_weight=round_weight,
+        quantize_act=round_act,
+        shift=shift,
+        generator=generator,
+    )
+    factors_1K = smoothing.factors_K.unsqueeze(0)
+    smoothed_NK = weight_NK * factors_1K
+    judge = _Judge(objective, factors_1K, spec)
+    split = split_low_rank(
+        smoothed_NK,
+        rank=rank,
+        quantize_residual=round_weight,
+        evaluate_error=judge.error,
+        max_iters=spec.low_rank.max_iters,
+        patience=spec.low_rank.patience,
+        generator=generator,
+    )
+    x_hat_TK = (inputs.x_TK.float() + shift) / factors_1K
+    # the codes absorb what rounding the branch to bf16 left over
+    branch = _in_bf16(split.up_NR, split.down_RK)
+    residual_NK = smoothed_NK - branch[0] @ branch[1]
+    gram_KK = hessian(round_act(x_hat_TK)) if spec.weight.rounding == "gptq" else None
+    codes = rounded(residual_NK, gram_KK, spec=spec)
+    if rank:
+        branch = _better_branch(judge, codes.dequantize(), smoothed_NK, x_hat_TK, branch, generator)
+
+    up_NR, down_RK = (factor.bfloat16() for factor in branch)
+    quantized = QuantizedLinear.of(
+        spec,
+        codes,
+        smooth_factor_K=smoothing.factors_K,
+        down_RK=down_RK,
+        up_NR=up_NR,
+        bias_N=linear.bias,
+    )
+    one_shot = truncate(smoothed_NK, rank=rank, start_KP=None, generator=generator)
+    refined = (split.up_NR, split.down_RK)
+    measure = _Measure(linear, inputs.x_TK, spec)
+    nothing = (weight_NK.new_zeros(len(weight_NK), 0), weight_NK.new_zeros(0, weight_NK.shape[1]))
+    snr_db = {
+        "nearest": measure.snr_db(torch.ones_like(factors_1K), nothing, round_weight(weight_NK)),
+        "smoothed": measure.snr_db(factors_1K, nothing, round_weight(smoothed_NK)),
+        "branch": measure.snr_db(
+            factors_1K,
+            (one_shot.up_NR, one_shot.down_RK),
+            round_weight(smoothed_NK - one_shot.up_NR @ one_shot.down_RK),
+        ),
+        "refined": measure.snr_db(factors_1K, refined, round_weight(split.residual_NK)),
+        "final": measure.snr_db(factors_1K, branch, codes.dequantize()),
+    }
+    absmax_K = inputs.absmax(0.0)
+    report = LinearReport(
+        name=name,
+        snr_db=snr_db,
+        objective=objective.name,
+        alpha=smoothing.alpha,
+        beta=smoothing.beta,
+        smooth_gain_db=ratio_db(smoothing.errors[0], min(smoothing.errors)),
+        low_rank_steps=len(split.errors),
+        low_rank_best=split.best_iter,
+        outlier_ratio=float(absmax_K.max() / absmax_K.median().clamp_min(1e-12)),
+    )
+    return quantized, replace(report, warnings=warnings_for(report, spec))
+
+
+class _Judge:
+    """The objective's error of one smoothed linear, its input quantized once."""
+
+    def __init__(self, objective: Objective, factors_1K: Tensor, spec: LinearSpec) -> None:
+        self.objective, self.factors_1K, self.spec = objective, factors_1K, spec
+        self.x_hat_1TK = (objective.x_TK + spec.shift).div_(factors_1K).unsqueeze(0)
+        self.qx_1TK = act_round_trip(self.x_hat_1TK, spec=spec)
+
+    def error(self, up_NR: Tensor, down_RK: Tensor, qresidual_NK: Tensor) -> float:
+        y_1TN = compressed_output(
+            self.x_hat_1TK,
+            self.factors_1K,
+            (up_NR.unsqueeze(0), down_RK.unsqueeze(0)),
+            qresidual_NK.unsqueeze(0),
+            quantize_act=lambda _: self.qx_1TK,
+            shift=self.spec.shift,
+        )
+        return float(self.objective.errors(y_1TN))
+
+
+def _better_branch(
+    judge: _Judge,
+    qresidual_NK: Tensor,
+    smoothed_NK: Tensor,
+    x_hat_TK: Tensor,
+    branch: tuple[Tensor, Tensor],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """The branch as it is, or fitted once more to what the final codes lost, if that is better."""
+    refitted = refit_branch(
+        smoothed_NK - qresidual_NK, x_hat_TK, rank=branch[0].shape[1], generator=generator
+    )
+    refitted = _in_bf16(*refitted)
+    before, after = judge.error(*branch, qresidual_NK), judge.error(*refitted, qresidual_NK)
+    return refitted if after < before else branch
+
+
+def _in_bf16(up_NR: Tensor, down_RK: Tensor) -> tuple[Tensor, Tensor]:
+    return up_NR.bfloat16().float(), down_RK.bfloat16().float()
+
+
+class _Measure:
+    """Signal-to-noise ratio of the linear's own output, at several stages of its compression."""
+
+    def __init__(self, linear: nn.Linear, x_TK: Tensor, spec: LinearSpec) -> None:
+        self.x_TK, self.spec = x_TK.float(), spec
+        self.wanted_TN = self.x_TK @ linear.weight.float().T
+
+    def snr_db(
+        self, factors_1K: Tensor, branch: tuple[Tensor, Tensor], qresidual_NK: Tensor
+    ) -> float:
+        up_NR, down_RK = branch
+        y_1TN = compressed_output(
+            ((self.x_TK + self.spec.shift) / factors_1K).unsqueeze(0),
+            factors_1K,
+            (up_NR.unsqueeze(0), down_RK.unsqueeze(0)),
+            qresidual_NK.unsqueeze(0),
+            quantize_act=partial(act_round_trip, spec=self.spec),
+            shift=self.spec.shift,
+        )
+        return snr_db(self.wanted_TN, y_1TN[0])
+
+
+# --- formats of a spec ----------------------------------------------------------------------------
+
+
+def rounded(weight_NK: Tensor, hessian_KK: Tensor | None, *, spec: LinearSpec) -> QuantizedWeight:
+    """Codes and scales of a weight; GPTQ where a Hessian is given, else to nearest."""
+    options = RoundingOptions(
+        format=FORMATS[spec.weight.format],
+        group_size=resolved_group(spec.weight.group_size, weight_NK.shape[-1]),
+        scale_dtype=WSCALE_DTYPE,
+        clip_ratios=CLIP_RATIOS if spec.weight.range_search else (1.0,),
+    )
+    return (rtn if hessian_KK is None else gptq)(weight_NK, hessian_KK, options)
+
+
+def nearest(weight_NK: Tensor, *, spec: LinearSpec) -> Tensor:
+    """A weight rounded to nearest, dequantized; leading dimensions are candidates."""
+    if spec.weight.range_search:
+        return rounded(weight_NK, None, spec=spec).dequantize()
+    format = FORMATS[spec.weight.format]
+    return round_trip(
+        weight_NK,
+        format=format,
+        group_size=resolved_group(spec.weight.group_size, weight_NK.shape[-1]),
+        scale_dtype=WSCALE_DTYPE,
+        tensor_scale=choose_tensor_scale(weight_NK, format=format),
+    )
+
+
+def act_round_trip(x_TK: Tensor, *, spec: LinearSpec) -> Tensor:
+    """The input as the quantized linear sees it, dequantized; unchanged for 16 bits."""
+    if spec.act.format is None:
+        return x_TK
+    return round_trip(
+        x_TK,
+        format=FORMATS[spec.act.format],
+        group_size=resolved_group(spec.act.group_size, x_TK.shape[-1]),
+        scale_dtype=torch.float32,
+    )
+
+
+def snr_db(wanted: Tensor, got: Tensor) -> float:
+    """Signal-to-noise ratio in dB; 200 stands for no measurable error."""
+    signal = wanted.square().sum(dtype=torch.float64)
+    noise = (wanted - got).square().sum(dtype=torch.float64)
+    return ratio_db(float(signal), float(noise))
+
+
+def ratio_db(signal: float, noise: float) -> float:
+    """Within ±200 dB, which also stand for no noise and no signal."""
+    if noise == 0:
+        # a linear whose input is zero throughout has neither
+        return 200.0
+    ratio = torch.tensor(signal / noise, dtype=torch.float64)
+    return float((10 * ratio.log10()).clamp(-200, 200))
