@@ -36,6 +36,7 @@ from var_compressor.layers.linear import QuantizedLinear
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.tensor_files import CheckpointError
 from var_compressor.pipeline import InfinityPipeline
+from var_compressor.quant.activations import MemoryBounds
 from var_compressor.quant.kv import calibrate_channels
 from var_compressor.quant.kv_calibration import calibrate_kv
 from var_compressor.quant.linear import LinearInputs, quantize_linear, snr_db
@@ -332,6 +333,46 @@ def test_finished_blocks_are_not_made_again(model_dir, tmp_path, monkeypatch):
     assert len(made) == 7
     for name in ("blocks/000.safetensors", "blocks/001.safetensors"):
         assert (out / name).stat().st_mtime_ns == before[name]
+
+
+@pytest.mark.parametrize("stop_after", [3, 7, 10, 14])
+def test_behind_quantized_blocks_a_run_goes_on_the_same(model_dir, tmp_path, stop_after):
+    """Inputs that come from finished blocks come from the artifact after an interruption."""
+    calibration = replace(QUICK_SPEC.calibration, prefix="quantized")
+    spec = replace(QUICK_SPEC, calibration=calibration)
+
+    def stop(stage, done, total):
+        if (stage, done) == ("quantizing", stop_after):
+            raise KeyboardInterrupt
+
+    quantize(model_dir, tmp_path / "whole", spec)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model_dir, tmp_path / "twice", spec, on_progress=stop)
+    quantize(model_dir, tmp_path / "twice", spec)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    "memory", [MemoryBounds(), MemoryBounds(ram_bytes=0), MemoryBounds(ram_bytes=300_000)]
+)
+def test_blocks_read_one_by_one_and_activations_on_disk_change_nothing(
+    model_dir, artifact_dir, tmp_path, memory
+):
+    pipeline = InfinityPipeline.from_pretrained(model_dir, dtype=torch.float32, stream_blocks=True)
+    assert not isinstance(pipeline.transformer.blocks, nn.ModuleList)
+    quantize_model(
+        pipeline, COLLECTION, QUICK_SPEC, base=str(model_dir), out=tmp_path / "out", memory=memory
+    )
+    assert contents(tmp_path / "out") == contents(artifact_dir)
+
+
+def test_quantized_prefixes_change_what_is_calibrated_on(model_dir, artifact_dir, tmp_path):
+    """The first block's inputs are the same, the next ones' are not."""
+    calibration = replace(QUICK_SPEC.calibration, prefix="quantized")
+    quantize(model_dir, tmp_path / "out", replace(QUICK_SPEC, calibration=calibration))
+    ours, theirs = contents(tmp_path / "out"), contents(artifact_dir)
+    assert ours["blocks/000.safetensors"] == theirs["blocks/000.safetensors"]
+    assert ours["blocks/001.safetensors"] != theirs["blocks/001.safetensors"]
 
 
 @pytest.fixture
