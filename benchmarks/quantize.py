@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("model", choices=["infinity-2b", "infinity-8b"])
     parser.add_argument("--checkpoint", type=Path, help="model directory; made when it is missing")
     parser.add_argument("--stop-after-blocks", type=int)
+    parser.add_argument("--gpu-gib", type=float, help="let the allocator have no more than this")
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
@@ -98,6 +99,9 @@ def measure(model: str, checkpoint: Path, out: Path, args: argparse.Namespace) -
             raise EnoughBlocksError
 
     shutil.rmtree(out, ignore_errors=True)
+    if args.gpu_gib is not None:
+        whole = torch.cuda.get_device_properties(pipeline.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.gpu_gib * GIB / whole)
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     with contextlib.suppress(EnoughBlocksError):
@@ -106,11 +110,16 @@ def measure(model: str, checkpoint: Path, out: Path, args: argparse.Namespace) -
         )
     total = time.perf_counter() - began
     timing = json.loads((out / "timing.json").read_text())
-    return summary(model, config, spec, timing, total)
+    return summary(model, config, spec, timing, total, args.gpu_gib)
 
 
 def summary(
-    model: str, config: InfinityConfig, spec: QuantSpec, timing: dict, total: float
+    model: str,
+    config: InfinityConfig,
+    spec: QuantSpec,
+    timing: dict,
+    total: float,
+    gpu_cap_gib: float | None,
 ) -> dict:
     blocks = list(timing["blocks"].values())
     per_block = [sum(block.values()) for block in blocks]
@@ -129,6 +138,7 @@ def summary(
         "block_s": {"median": median, "min": min(per_block), "max": max(per_block)},
         "block_stages_s": stages,
         "other_s": other,
+        "gpu_cap_gib": gpu_cap_gib,
         "gpu_peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "gpu_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "host_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
