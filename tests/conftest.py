@@ -10,7 +10,7 @@ import torch
 
 from tiny import COLLECTION, QUICK_SPEC, make_model
 from var_compressor.artifact import put_kv
-from var_compressor.layers.kv_cache import params_to_tensors
+from var_compressor.layers.kv_params import params_to_tensors
 from var_compressor.pipeline import InfinityPipeline
 from var_compressor.quant.kv_calibration import calibrate_kv
 from var_compressor.quant.ptq import quantize_model
@@ -36,6 +36,6 @@ def kv_artifact_dir(artifact_dir: Path) -> Path:
     out = artifact_dir.with_name("tiny-w4a4-kv8")
     shutil.copytree(artifact_dir, out)
     pipeline = InfinityPipeline.from_pretrained(out, dtype=torch.float32)
-    params, layers = calibrate_kv(pipeline, COLLECTION, QUICK_SPEC.kv)
-    put_kv(out, params_to_tensors(params), {"format": "int8", "layers": layers})
+    found = calibrate_kv(pipeline, COLLECTION, QUICK_SPEC.kv)
+    put_kv(out, params_to_tensors(found.params), found.kv)
     return out

@@ -144,8 +144,8 @@ MALFORMED = [
     (put("created_by", value=3), "created_by is int, expected str"),
     (put("extra", value=3), "extra is int, expected nothing"),
     (put("kv", value=[1]), "kv is list, expected dict or NoneType"),
-    (put("kv", value={}), "kv.format is None, this program reads int8"),
-    (put("kv", "format", value="int4"), "kv.format is 'int4', this program reads int8"),
+    (put("kv", value={}), "kv.format is None, expected dict"),
+    (put("kv", "format", value="int4"), "kv.format is 'int4', expected dict"),
     (put("files", value=[]), "files is list, expected dict"),
     (put("files", value={}), "files lacks blocks/000.safetensors"),
     (put("files", KV_FILE, value=...), "files lacks kv_cache.safetensors"),
@@ -265,7 +265,7 @@ def test_one_writer_at_a_time(folder, tmp_path):
         pass
     tensors = read_tensors(folder / KV_FILE, "cpu")
     with locked(folder), pytest.raises(CheckpointError, match="another process is writing it"):
-        put_kv(folder, tensors, {"format": "int8"})
+        put_kv(folder, tensors, {"format": {}})
 
 
 def test_readers_see_a_whole_artifact_while_its_cache_parameters_are_replaced(folder):
@@ -281,10 +281,10 @@ def test_readers_see_a_whole_artifact_while_its_cache_parameters_are_replaced(fo
     reader = threading.Thread(target=read)
     reader.start()
     for i in range(10):
-        put_kv(folder, other if i % 2 else tensors, {"format": "int8", "round": i})
+        put_kv(folder, other if i % 2 else tensors, {"format": {"name": "int8"}, "round": i})
     stop.set()
     reader.join()
-    assert seen and all(kv is None or kv["format"] == "int8" for kv in seen)
+    assert seen and all(kv is None or kv["format"]["name"] == "int8" for kv in seen)
     verify_files(folder, read_manifest(folder))
     assert read_manifest(folder).kv["round"] == 9
 

@@ -63,7 +63,7 @@ def test_a_model_goes_through_all_commands(varc, model_dir, tmp_path):
     assert code == 0 and f"wrote {out}: transformer" in printed
     follow_up = printed.splitlines()[-1].removeprefix("next: varc ").split()
     assert varc(*follow_up)[0] == 0
-    assert read_manifest(out).kv["format"] == "int8"
+    assert read_manifest(out).kv["format"]["name"] == "int8"
     code, printed, _ = varc("inspect", out)
     assert code == 0 and "W4A4 g64 rank 8" in printed and "INT8 KV cache" in printed
     code, _, _ = varc("generate", "a red cat", "--model", out, "--out", tmp_path / "x.png")

@@ -64,7 +64,7 @@ def test_the_demo_from_end_to_end(tmp_path, monkeypatch, capsys):
     texts = captions(scenes)
     full = InfinityPipeline.from_pretrained("infinity-tiny", dtype=torch.float32)
     compressed = InfinityPipeline.from_pretrained(out / "artifact", dtype=torch.float32)
-    assert read_manifest(out / "artifact").kv["format"] == "int8"
+    assert read_manifest(out / "artifact").kv["format"]["name"] == "int8"
     runs = [
         p.generate(texts, seed=5, sampling=SAMPLING, with_trace=True) for p in (full, compressed)
     ]

@@ -215,17 +215,25 @@ def test_attention_over_codes_equals_attention_over_dequantized_values(rng, shap
         real = (codes.double() - zero_HD.double()[:, None]) * scale_HD.double()[:, None]
         cached.append((codes, scale_HD, zero_HD, real))
     (k_codes, k_scale, k_zero, k_real), (v_codes, v_scale, v_zero, v_real) = cached
-    o = reference.attend_codes(
-        q,
-        k_codes,
-        v_codes,
-        k_now,
-        v_now,
-        k_scale_HD=k_scale,
-        k_zero_point_HD=k_zero,
-        v_scale_HD=v_scale,
-        v_zero_point_HD=v_zero,
-    )
+    scale_1H1D = [scale[None, :, None] for scale in (k_scale, v_scale)]
+    offset_1H1D = [
+        -scale.double() * zero[None, :, None]
+        for scale, zero in zip(scale_1H1D, (k_zero, v_zero), strict=True)
+    ]
+    # in two parts, which have their parameters in common
+    cut = k_codes.shape[2] // 3
+    cached = [
+        reference.CodedTokens(
+            k_codes[:, :, part],
+            v_codes[:, :, part],
+            scale_1H1D[0],
+            offset_1H1D[0],
+            scale_1H1D[1],
+            offset_1H1D[1],
+        )
+        for part in (slice(0, cut), slice(cut, None))
+    ]
+    o = reference.attend_codes(q, cached, k_now, v_now)
     k, v = torch.cat((k_real, k_now), dim=2), torch.cat((v_real, v_now), dim=2)
     wanted = torch.softmax(q @ k.mT, dim=-1) @ v
     torch.testing.assert_close(o, wanted, rtol=1e-10, atol=1e-10)
@@ -235,15 +243,11 @@ def test_attention_does_not_depend_on_how_queries_are_chunked(rng, monkeypatch):
     B, H, Q, L, D = 2, 2, 9, 11, 4
     tensors = [torch.randn(B, H, Q, D, generator=rng) for _ in range(3)]
     codes = [torch.randint(-128, 128, (B, H, L, D), generator=rng).to(torch.int8) for _ in "kv"]
-    params = {
-        "k_scale_HD": torch.rand(H, D, generator=rng) / 100,
-        "k_zero_point_HD": torch.randint(-9, 9, (H, D), generator=rng),
-        "v_scale_HD": torch.rand(H, D, generator=rng) / 100,
-        "v_zero_point_HD": torch.randn(H, D, generator=rng),
-    }
-    whole = reference.attend_codes(tensors[0], *codes, *tensors[1:], **params)
+    scales = [torch.rand(1, H, 1, D, generator=rng) / 100 for _ in range(4)]
+    cached = [reference.CodedTokens(*codes, *scales)]
+    whole = reference.attend_codes(tensors[0], cached, *tensors[1:])
     monkeypatch.setattr(reference, "_ATTEND_LOGITS", H * (L + Q) * 2)
-    chunked = reference.attend_codes(tensors[0], *codes, *tensors[1:], **params)
+    chunked = reference.attend_codes(tensors[0], cached, *tensors[1:])
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
 
 

@@ -3,7 +3,8 @@
     manifest.json              what it is, how it was made, every file with size and sha256
     transformer.safetensors    everything outside the blocks, float32
     blocks/000.safetensors …   packed weights, scales, branches and small tensors of one block
-    kv_cache.safetensors       affine parameters of the KV cache (after `varc calibrate-kv`)
+    kv_cache.safetensors       bits, dropped levels and ranges of the KV cache, per layer and head
+                               (after `varc calibrate-kv`)
     report.json                what the compressor saw and chose, per linear
 
 The VAE and the text encoder stay with the base model, which the manifest names and whose VAE it
@@ -36,6 +37,8 @@ FORMAT = "var-compressor/1"
 MANIFEST = "manifest.json"
 TRANSFORMER_FILE = "transformer.safetensors"
 KV_FILE = "kv_cache.safetensors"
+# beside the file of parameters, of a model that is no artifact
+KV_MANIFEST, KV_FORMAT = "kv_cache.json", "var-compressor-kv/1"
 REPORT_FILE = "report.json"
 # of an unfinished run only: what determines it, and the generations it calibrates on
 _RESUME_FILE = "resume.json"
@@ -132,8 +135,8 @@ def _checked(content: dict[str, Any]) -> Manifest:
     needed = {TRANSFORMER_FILE, *map(block_file, range(config.depth))}
     if manifest.kv is not None:
         needed.add(KV_FILE)
-        if manifest.kv.get("format") != "int8":
-            raise ValueError(f"kv.format is {manifest.kv.get('format')!r}, this program reads int8")
+        if not isinstance(manifest.kv.get("format"), dict):
+            raise ValueError(f"kv.format is {manifest.kv.get('format')!r}, expected dict")
     if missing := needed - manifest.files.keys():
         raise ValueError(f"files lacks {min(missing)}")
     return manifest
@@ -291,6 +294,41 @@ def put_kv(folder: str | Path, tensors: Mapping[str, Tensor], kv: dict[str, Any]
     return manifest
 
 
+def write_kv(folder: str | Path, tensors: Mapping[str, Tensor], kv: dict[str, Any]) -> None:
+    """The KV cache's parameters alone, for a model that is no artifact; the manifest goes last."""
+    folder = Path(folder)
+    if is_artifact(folder) or is_unfinished(folder):
+        raise ArtifactError(f"{folder}: is an artifact; give it as --artifact")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / KV_MANIFEST).unlink(missing_ok=True)
+    write_atomically(folder / KV_FILE, save(on_cpu(tensors)))
+    digest = sha256_of(folder / KV_FILE)
+    write_json(folder / KV_MANIFEST, {"format": KV_FORMAT, "sha256": digest, "kv": kv})
+
+
+def read_kv(folder: str | Path) -> dict[str, Any]:
+    """The manifest's ``kv`` of what ``write_kv`` wrote.
+
+    Raises: ArtifactError when it is missing, foreign or not of its parameters.
+    """
+    path = Path(folder) / KV_MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path}: not readable ({error}); `varc calibrate-kv … --out` writes one"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != KV_FORMAT:
+        raise ArtifactError(f"{path}: not of format {KV_FORMAT!r}; calibrate again")
+    file = path.with_name(KV_FILE)
+    if not file.is_file() or sha256_of(file) != content.get("sha256"):
+        raise ArtifactError(f"{file}: is not the file of {path}; copy or calibrate it again")
+    kv = content.get("kv")
+    if not isinstance(kv, dict):
+        raise ArtifactError(f"{path}: kv is {type(kv).__name__}, expected dict; calibrate again")
+    return kv
+
+
 def read_tensors(path: Path, device: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
 
@@ -347,7 +385,7 @@ def inspect_artifact(folder: str | Path, *, with_hashes: bool) -> Inspection:
             info = source.info(name)
             labelled[f"{file}:{name}"] = (info, _part_name(file, name, info.dtype))
     infos = {name: info for name, (info, _) in labelled.items()}
-    kv = "INT8 KV cache" if manifest.kv is not None else "16-bit KV cache"
+    kv = "16-bit" if manifest.kv is None else manifest.kv["format"].get("name", "unknown").upper()
     what = QuantSpec.from_dict(manifest.spec).summary()
     provenance = {
         "base": manifest.base["source"],
@@ -358,7 +396,7 @@ def inspect_artifact(folder: str | Path, *, with_hashes: bool) -> Inspection:
     return Inspection(
         str(folder),
         "artifact",
-        f"compressed {manifest.base['source']}, format {FORMAT}: {what}; {kv}",
+        f"compressed {manifest.base['source']}, format {FORMAT}: {what}; {kv} KV cache",
         parts_of(infos, lambda name: labelled[name][1]),
         list_files(folder, with_hashes=with_hashes),
         provenance,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from var_compressor import __version__
-from var_compressor.terminal import byte_progress, print_plan, print_run, progress
+from var_compressor.terminal import byte_progress, print_plan, print_run, print_table, progress
 
 if TYPE_CHECKING:
     import torch
@@ -216,30 +216,65 @@ def quantize(
     if not team.is_first:
         return
     print_run(out, planned.before_bytes, manifest.num_weight_bytes, as_json=as_json)
-    if recipe.quant.kv.format == "int8" and not as_json:
+    if recipe.quant.kv.format != "bf16" and not as_json:
         typer.echo(f"next: varc calibrate-kv {shlex.join(recipes)} --artifact {out}")
+
+
+class KVFile(str, Enum):
+    """How calibrated KV ranges are written."""
+
+    safetensors = "safetensors"
+    pt = "pt"
 
 
 @app.command("calibrate-kv")
 def calibrate_kv(
     recipes: Annotated[list[str], typer.Argument(help="Recipe files, then key=value.")],
-    artifact: Annotated[Path, typer.Option("--artifact", help="Artifact to add the result to.")],
+    artifact: Annotated[
+        Path | None,
+        typer.Option("--artifact", help="Calibrate this artifact, and add the result to it."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Directory for the result alone, for `generate --kv`."),
+    ] = None,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(help="Bytes of one image's cache, e.g. 2GiB: bits and levels are chosen."),
+    ] = None,
+    file_format: Annotated[
+        KVFile, typer.Option("--format", help="pt: kv_quant_calib.pt, as the original has it.")
+    ] = KVFile.safetensors,
 ) -> None:
-    """Find the INT8 KV cache's ranges on the compressed model, per head and channel.
+    """Find how to store the KV cache: ranges per head and channel, bits, and levels to keep.
 
     Example: varc calibrate-kv recipes/model/infinity-tiny.yaml recipes/collect/tiny.yaml
-    --artifact out/tiny-w4a4
-    """
-    from var_compressor.compress import calibrate_cache
+    --artifact out/tiny-w4a4 quant.kv.format=int4
 
+    Without --artifact, the full-precision model of the recipe is calibrated.
+    """
+    from var_compressor.compress import calibrate_cache, store_cache
+    from var_compressor.interop import kv_quant_calib
+    from var_compressor.quant.kv_report import COLUMNS, choice_text, table_rows
+
+    if artifact is None and out is None:
+        raise ValueError("--artifact or --out is missing; name where the result goes")
+    if file_format == KVFile.pt and out is None:
+        raise ValueError(f"--format pt writes OUT/{kv_quant_calib.FILE}; give --out")
+    budget = [] if kv_budget is None else [f"quant.kv.budget={kv_budget}"]
+    recipe = _load_recipe([*recipes, *budget])
+    if file_format == KVFile.pt:
+        kv_quant_calib.check_writable(recipe.quant.kv)
     with progress() as on_progress:
-        manifest = calibrate_cache(_load_recipe(recipes), artifact, on_progress=on_progress)
-    assert manifest.kv is not None
-    worst = min(manifest.kv["layers"], key=lambda layer: min(layer["k_snr_db"], layer["v_snr_db"]))
-    typer.echo(
-        f"wrote {artifact}/kv_cache.safetensors; worst layer {worst['layer']}: "
-        f"K {worst['k_snr_db']:.1f} dB, V {worst['v_snr_db']:.1f} dB"
-    )
+        found = calibrate_cache(recipe, artifact, on_progress=on_progress)
+    print_table(COLUMNS, table_rows(found.kv), stderr=False)
+    typer.echo(choice_text(found.kv))
+    if file_format == KVFile.pt and out is not None:
+        kv_quant_calib.write(out / kv_quant_calib.FILE, found)
+        typer.echo(f"wrote {out / kv_quant_calib.FILE}")
+        return
+    for path in store_cache(found, artifact, out):
+        typer.echo(f"wrote {path}")
 
 
 @app.command()
@@ -249,6 +284,10 @@ def generate(
     model: Annotated[
         str, typer.Option(help="infinity-tiny, a model directory, an artifact, or a hub id.")
     ] = "infinity-tiny",
+    kv: Annotated[
+        Path | None,
+        typer.Option(help="What `calibrate-kv --out` wrote: a directory, or kv_quant_calib.pt."),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Of the first image; the next gets seed + 1.")
     ] = 0,
@@ -279,6 +318,7 @@ def generate(
     """
     from var_compressor.compress import choose_device, choose_dtype
     from var_compressor.evaluation.images import check_png_path, write_png
+    from var_compressor.interop.kv_quant_calib import use_cache
     from var_compressor.models.sampling import Sampling
     from var_compressor.pipeline import InfinityPipeline
 
@@ -294,6 +334,8 @@ def generate(
         device=chosen,
         text_encoder_cache=prompt_cache,
     )
+    if kv is not None:
+        use_cache(pipeline, kv)
     num_levels = len(pipeline.schedule_for(aspect_ratio, pixel_budget).levels)
     with progress() as on_progress:
         generation = pipeline.generate(
@@ -307,7 +349,14 @@ def generate(
             vae_strip_rows=strip_rows,
             on_level=lambda level, latent: on_progress("level", level.index + 1, num_levels),
         )
-    shared = {"model": model, "cfg": cfg, "tau": tau, "top_p": top_p, "negative": negative}
+    shared = {
+        "model": model,
+        "kv": None if kv is None else str(kv),
+        "cfg": cfg,
+        "tau": tau,
+        "top_p": top_p,
+        "negative": negative,
+    }
     shared |= {"aspect_ratio": aspect_ratio, "pixel_budget": pixel_budget}
     for i, (image, path) in enumerate(zip(generation.pil, paths, strict=True)):
         write_png(image, path, {"prompt": prompt[i], "seed": seed + i, **shared})

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import torch
 
-from var_compressor.artifact import Manifest, is_artifact, put_kv, read_manifest
-from var_compressor.layers.kv_cache import params_to_tensors
+from var_compressor.artifact import (
+    KV_FILE,
+    Manifest,
+    is_artifact,
+    put_kv,
+    read_manifest,
+    write_kv,
+)
+from var_compressor.layers.kv_params import params_to_tensors
 from var_compressor.models.config import InfinityConfig
 from var_compressor.models.convert import model_config
 from var_compressor.models.directory import resolve
@@ -17,7 +24,7 @@ from var_compressor.pipeline import InfinityPipeline
 from var_compressor.prompts import load_prompts, select_prompts
 from var_compressor.quant.activations import MemoryBounds
 from var_compressor.quant.calibration import Progress
-from var_compressor.quant.kv_calibration import calibrate_kv
+from var_compressor.quant.kv_calibration import KVCalibration, calibrate_kv
 from var_compressor.quant.ptq import quantize_model
 from var_compressor.quant.recording import Collection
 from var_compressor.quant.team import SOLO, Team, local_device
@@ -140,27 +147,39 @@ def quantize(
     )
 
 
-def calibrate_cache(recipe: Recipe, artifact: Path, *, on_progress: Progress) -> Manifest:
-    """Find the KV cache's parameters on the compressed model, and add them to its artifact."""
-    read_manifest(artifact)
-    collection, spec = collection_of(recipe.collect), recipe.quant.kv
-    check_kv(spec, artifact)
-    source = replace(recipe.model, path=str(artifact), vae_path=None, text_encoder_path=None)
-    pipeline = open_pipeline(source)
+def calibrate_cache(
+    recipe: Recipe, artifact: Path | None, *, on_progress: Progress
+) -> KVCalibration:
+    """Find how to store the KV cache: of an artifact's model, or of the recipe's own."""
+    spec = recipe.quant.kv
+    check_kv(spec)
+    source, streams = recipe.model, recipe.model.vae_path is None
+    if artifact is not None:
+        read_manifest(artifact)
+        source = replace(source, path=str(artifact), vae_path=None, text_encoder_path=None)
+        streams = False
+    collection = collection_of(recipe.collect)
+    pipeline = open_pipeline(source, stream_blocks=streams)
     pipeline.kv_params = None
-    params, layers = calibrate_kv(pipeline, collection, spec, on_progress=on_progress)
-    kv = {
-        "format": spec.format,
-        "mode": spec.mode,
-        "calibration": collection.to_dict(),
-        "layers": layers,
-    }
-    return put_kv(artifact, params_to_tensors(params), kv)
+    seed = recipe.quant.calibration.seed
+    found = calibrate_kv(pipeline, collection, spec, seed=seed, on_progress=on_progress)
+    kv = {**found.kv, "calibration": collection.to_dict()}
+    return replace(found, kv=kv)
 
 
-def check_kv(spec: KVSpec, artifact: Path) -> None:
-    if spec.format != "int8":
+def store_cache(found: KVCalibration, artifact: Path | None, out: Path | None) -> list[Path]:
+    """Put a calibration into an artifact and into a directory of its own; the files of ranges."""
+    tensors = params_to_tensors(found.params)
+    if artifact is not None:
+        put_kv(artifact, tensors, found.kv)
+    if out is not None:
+        write_kv(out, tensors, found.kv)
+    return [folder / KV_FILE for folder in (artifact, out) if folder is not None]
+
+
+def check_kv(spec: KVSpec) -> None:
+    if spec.format == "bf16":
         raise ValueError(
-            f"quant.kv.format is {spec.format}, which needs no calibration; {artifact} uses a "
-            "16-bit cache until `varc calibrate-kv` adds int8 parameters"
+            "quant.kv.format is bf16, which needs no calibration: a model has a 16-bit cache until "
+            "`varc calibrate-kv` adds another; use int8, int4 or fp8"
         )

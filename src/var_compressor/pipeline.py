@@ -19,11 +19,11 @@ from var_compressor.artifact import (
     read_tensors,
     verify_files,
 )
-from var_compressor.layers.kv_cache import (
-    Int8Cache,
-    KVParams,
-    LevelCache,
-    PlainCache,
+from var_compressor.layers.kv_cache import CodedCache, LevelCache, PlainCache
+from var_compressor.layers.kv_params import (
+    CacheFormat,
+    CacheParams,
+    check_fingerprints,
     params_from_tensors,
 )
 from var_compressor.layers.linear import QuantizedLinear, load_compressed
@@ -109,7 +109,7 @@ class InfinityPipeline:
         self.transformer = transformer
         self.vae = vae
         self.text_encoder = text_encoder
-        self.kv_params: tuple[KVParams, ...] | None = None
+        self.kv_params: CacheParams | None = None
 
     @property
     def device(self) -> torch.device:
@@ -178,10 +178,17 @@ class InfinityPipeline:
         transformer = load_compressed(folder, manifest, dtype=dtype, device=device)
         pipeline = cls._around(transformer, base, dtype, device, text_encoder_cache)
         if manifest.kv is not None:
-            tensors = read_tensors(folder / KV_FILE, str(device))
-            where = str(folder / KV_FILE)
-            pipeline.kv_params = params_from_tensors(tensors, transformer.config, where)
+            pipeline.use_kv(folder / KV_FILE, manifest.kv)
         return pipeline
+
+    def use_kv(self, path: Path, kv: dict[str, Any]) -> None:
+        """Store the cache as a file of parameters and a manifest's ``kv`` say.
+
+        Raises: ValueError naming the layer whose parameters cannot be, or are another model's.
+        """
+        check_fingerprints(kv, self.transformer.blocks, str(path))
+        tensors, format = read_tensors(path, str(self.device)), CacheFormat.of(kv, f"{path}: ")
+        self.kv_params = params_from_tensors(tensors, format, self.transformer.config, str(path))
 
     @classmethod
     def _around(
@@ -432,10 +439,10 @@ class InfinityPipeline:
         return combine(self.transformer.head(h_RLC, context.cond_RC), cfg)
 
     def new_cache(self, schedule: Schedule, *, rows: int) -> LevelCache:
-        """A KV cache of the pipeline's format: int8 where parameters are there, else 16/32 bit."""
+        """A KV cache of the pipeline's format: codes where parameters are there, else 16/32 bit."""
         config = self.transformer.config
         if self.kv_params is not None:
-            return Int8Cache(config, schedule, self.kv_params, rows=rows, device=self.device)
+            return CodedCache(config, schedule, self.kv_params, rows=rows, device=self.device)
         dtype = self.transformer.block_dtype
         return PlainCache(config, schedule, rows=rows, dtype=dtype, device=self.device)
 

@@ -108,11 +108,38 @@ class SmoothSpec:
 class KVSpec:
     """How the self-attention cache is stored, and how its ranges are found.
 
-    `shared_percentile` uses one clipping percentile per tensor, `per_channel` one per channel.
+    `shared_percentile` uses one clipping percentile per tensor, `per_channel` one per channel;
+    `weighting` counts a token's error as attention does. `dynamic`: scales per level, head and
+    channel from the level itself, without calibration. The first
+    `plain_levels` levels stay in 16 bits. `keep`: share of the bytes that later levels attend to
+    most; the rest is evicted. `budget`, such as 2GiB, for one image: 8 or 4 bits per head and,
+    where 4 bits are too many, eviction. At most `max_tokens_per_level` tokens of each level are
+    searched, the same share of every prompt.
     """
 
-    format: Literal["bf16", "int8"] = "int8"
+    format: Literal["bf16", "fp8", "int8", "int4"] = "int8"
     mode: Literal["per_channel", "shared_percentile"] = "per_channel"
+    weighting: Literal["none", "attention"] = "attention"
+    dynamic: bool = False
+    plain_levels: int = 0
+    keep: float = 1.0
+    budget: str | None = None
+    max_tokens_per_level: int = 1024
+
+    def check(self) -> None:
+        """Raises: SpecError naming the setting that contradicts another."""
+        _check_range("kv.plain_levels", self.plain_levels, 0, 15)
+        _check_range("kv.max_tokens_per_level", self.max_tokens_per_level, 1)
+        if not 0 < self.keep <= 1:
+            raise SpecError("kv.keep", f"expected a share above 0, up to 1, got {self.keep}")
+        if self.budget is not None and (self.format not in ("int8", "int4") or self.keep < 1):
+            raise SpecError(
+                "kv.budget", "chooses bits and levels itself: use format int8 or int4, and keep 1"
+            )
+        if self.mode == "shared_percentile" and (
+            self.format != "int8" or self.dynamic or self.budget is not None
+        ):
+            raise SpecError("kv.mode", "shared_percentile is the original's, of int8 alone")
 
 
 @dataclass(frozen=True)
@@ -254,6 +281,7 @@ class QuantSpec:
         _check_range("calibration.seed", self.calibration.seed, 0, 2**63 - 1)
         _check_range("calibration.max_tokens_per_level", self.calibration.max_tokens_per_level, 1)
         _check_range("calibration.max_attention_tokens", self.calibration.max_attention_tokens, 1)
+        self.kv.check()
         _check_rules("exceptions", self.exceptions)
         _check_rules("modules", self.modules)
         return self

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from var_compressor.artifact import is_artifact, write_atomically
-from var_compressor.compress import calibrate_cache, check_kv, open_pipeline, quantize
+from var_compressor.compress import calibrate_cache, check_kv, open_pipeline, quantize, store_cache
 from var_compressor.evaluation.agreement import BitAgreement, bit_agreement, pooled, psnr_db, ssim
 from var_compressor.evaluation.captions import captions
 from var_compressor.evaluation.reader import Reader
@@ -90,7 +90,7 @@ def run_demo(
 ) -> DemoResult:
     """Compress into ``out/artifact``, replacing an earlier demo's, draw, read and compare."""
     artifact, seconds = out / "artifact", {}
-    check_kv(recipe.quant.kv, artifact)
+    check_kv(recipe.quant.kv)
     if not isinstance(sampling.cfg, float | int):
         raise ValueError("the demo takes one cfg for all levels; set collect.cfg to a number")
     if is_artifact(artifact):
@@ -99,7 +99,7 @@ def run_demo(
     quantize(recipe, artifact, on_progress=on_progress)
     seconds["quantize"] = perf_counter() - began
     began = perf_counter()
-    calibrate_cache(recipe, artifact, on_progress=on_progress)
+    store_cache(calibrate_cache(recipe, artifact, on_progress=on_progress), artifact, None)
     seconds["calibrate_kv"] = perf_counter() - began
 
     scenes = sample_scenes(torch.arange(num_prompts), "validation")

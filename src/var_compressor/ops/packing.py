@@ -29,7 +29,13 @@ def pack_nibbles(codes_NK: Tensor) -> Tensor:
     odd K, or a code that four bits cannot hold.
     """
     _check_codes(codes_NK, dtype=torch.uint8, lowest=0, highest=15)
-    return codes_NK[..., 0::2] | (codes_NK[..., 1::2] << 4)
+    return join_nibbles(codes_NK)
+
+
+def join_nibbles(codes_NK: Tensor) -> Tensor:
+    """`pack_nibbles` of the lower four bits of int8 or uint8 codes, unchecked: waits for no GPU."""
+    nibbles_NK = codes_NK.view(torch.uint8) & 0xF
+    return nibbles_NK[..., 0::2] | (nibbles_NK[..., 1::2] << 4)
 
 
 def unpack_nibbles(packed_NJ: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ def pack_int4(codes_NK: Tensor) -> Tensor:
     codes_NK: int8, -8..7, K even. Returns uint8 [N, J]. Raises as `pack_nibbles`.
     """
     _check_codes(codes_NK, dtype=torch.int8, lowest=-8, highest=7)
-    return pack_nibbles(codes_NK.view(torch.uint8) & 0xF)
+    return join_nibbles(codes_NK)
 
 
 def unpack_int4(packed_NJ: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ cached positions, D head channels. All arithmetic is float32 unless stated; call
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -119,54 +122,75 @@ def gemm_dequantized(
     return _branch(low_MR, proj_up_NR, bias_N).addmm_(x_MK.float(), weight_NK.T)
 
 
+@dataclass(frozen=True)
+class CodedTokens:
+    """Cached positions that share their parameters: a code c stands for c * scale + offset.
+
+    k_codes, v_codes: int8 or e4m3 ``[B, H, L, D]``, or uint8 ``[B, H, L, D/2]``, two int4 codes a
+    byte (`pack_int4`). Scales and offsets: float, ``[1 or B, H, 1, D]``.
+    """
+
+    k_codes: Tensor
+    v_codes: Tensor
+    k_scale: Tensor
+    k_offset: Tensor
+    v_scale: Tensor
+    v_offset: Tensor
+
+
 def attend_codes(
-    q_BHQD: Tensor,
-    k_codes_BHLD: Tensor,
-    v_codes_BHLD: Tensor,
-    k_now_BHQD: Tensor,
-    v_now_BHQD: Tensor,
-    *,
-    k_scale_HD: Tensor,
-    k_zero_point_HD: Tensor,
-    v_scale_HD: Tensor,
-    v_zero_point_HD: Tensor,
+    q_BHQD: Tensor, cached: Sequence[CodedTokens], k_now_BHND: Tensor, v_now_BHND: Tensor
 ) -> Tensor:
-    """Attention over an int8 cache and the level's own unquantized K and V; softmax scale 1.
+    """Attention over cached codes and over unquantized K and V; softmax scale 1.
 
-    A cached element stands for (code - zero_point) * scale per (head, channel). Nothing is
-    dequantized:
+    Nothing is dequantized:
 
-        logits to the cache   = (q * k_scale) . code - q . (k_scale * k_zero_point)
-        output from the cache = (P code) * v_scale - (sum of P) * v_scale * v_zero_point
+        logits to the cache   = (q * k_scale) . code + q . k_offset
+        output from the cache = (P code) * v_scale + (sum of P) * v_offset
 
-    The per-query constant in the first line would cancel in a softmax over the cache alone; it must
-    be kept because the level's own keys do not share it, and for the same reason the cache's
-    probabilities do not sum to 1. L may be 0. Zero points are integers or floats. Arithmetic in
+    The per-query constant q . k_offset
+    would cancel in a softmax over these positions alone; it must be kept because other positions do
+    not share it, and for the same reason their probabilities do not sum to 1. Arithmetic in
     float32, or in float64 for a float64 q; returns o_BHQD in q's dtype. Extra memory: one batch
     row's codes as floats, and about 3 * 64 MiB of logits.
     """
     dtype = torch.float64 if q_BHQD.dtype == torch.float64 else torch.float32
-    k_now_BHQD, v_now_BHQD = k_now_BHQD.to(dtype), v_now_BHQD.to(dtype)
-    k_scale_H1D, v_scale_H1D = (s.to(dtype).unsqueeze(1) for s in (k_scale_HD, v_scale_HD))
-    k_offset_H1D = k_scale_H1D * k_zero_point_HD.to(dtype).unsqueeze(1)
-    v_offset_H1D = v_scale_H1D * v_zero_point_HD.to(dtype).unsqueeze(1)
     B, H, num_queries, _ = q_BHQD.shape
-    L = k_codes_BHLD.shape[2]
-    step = max(1, _ATTEND_LOGITS // (H * (L + num_queries)))
-    o_BHQD = torch.empty_like(v_now_BHQD)
+    k_now_BHND, v_now_BHND = k_now_BHND.to(dtype), v_now_BHND.to(dtype)
+    o_BHQD = torch.empty(q_BHQD.shape, dtype=dtype, device=q_BHQD.device)
     for b in range(B):
-        k_codes_HLD, v_codes_HLD = k_codes_BHLD[b].to(dtype), v_codes_BHLD[b].to(dtype)
+        rows = [_one_row(tokens, b, dtype) for tokens in cached]
+        lengths = [*(row.k_codes.shape[1] for row in rows), k_now_BHND.shape[2]]
+        step = max(1, _ATTEND_LOGITS // (H * sum(lengths)))
         for start in range(0, num_queries, step):
-            rows = slice(start, start + step)
-            q_HqD = q_BHQD[b, :, rows].to(dtype)
-            to_cache_HqL = (q_HqD * k_scale_H1D) @ k_codes_HLD.mT
-            to_cache_HqL -= (q_HqD * k_offset_H1D).sum(-1, keepdim=True)
-            logits_HqS = torch.cat((to_cache_HqL, q_HqD @ k_now_BHQD[b].mT), dim=-1)
-            probs_HqL, probs_now_HqQ = logits_HqS.softmax(-1).split((L, num_queries), dim=-1)
-            o_HqD = (probs_HqL @ v_codes_HLD) * v_scale_H1D
-            o_HqD -= probs_HqL.sum(-1, keepdim=True) * v_offset_H1D
-            o_BHQD[b, :, rows] = o_HqD + probs_now_HqQ @ v_now_BHQD[b]
+            q_HqD = q_BHQD[b, :, start : start + step].to(dtype)
+            logits = [_logits_to(row, q_HqD) for row in rows]
+            logits.append(q_HqD @ k_now_BHND[b].mT)
+            *to_cached, probs_now_HqN = torch.cat(logits, dim=-1).softmax(-1).split(lengths, dim=-1)
+            o_HqD = probs_now_HqN @ v_now_BHND[b]
+            for row, probs_HqL in zip(rows, to_cached, strict=True):
+                o_HqD += _output_from(row, probs_HqL)
+            o_BHQD[b, :, start : start + step] = o_HqD
     return o_BHQD.to(q_BHQD.dtype)
+
+
+def _one_row(tokens: CodedTokens, b: int, dtype: torch.dtype) -> CodedTokens:
+    """Row b without its batch dimension, as floats."""
+    found = {}
+    for name, tensor in vars(tokens).items():
+        part = tensor[b] if len(tensor) > 1 else tensor[0]
+        found[name] = (unpack_int4(part) if part.dtype == torch.uint8 else part).to(dtype)
+    return CodedTokens(**found)
+
+
+def _logits_to(row: CodedTokens, q_HqD: Tensor) -> Tensor:
+    logits_HqL = (q_HqD * row.k_scale) @ row.k_codes.mT
+    return logits_HqL.add_((q_HqD * row.k_offset).sum(-1, keepdim=True))
+
+
+def _output_from(row: CodedTokens, probs_HqL: Tensor) -> Tensor:
+    o_HqD = (probs_HqL @ row.v_codes).mul_(row.v_scale)
+    return o_HqD.add_(probs_HqL.sum(-1, keepdim=True) * row.v_offset)
 
 
 def _branch(low_MR: Tensor, proj_up_NR: Tensor, bias_N: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ from var_compressor.quant.activations import ActivationStore
 Progress = Callable[[str, int, int], None]  # stage, done, total
 NewCache = Callable[[int], KVCache]  # rows -> a cache for one layer
 Observe = Callable[[int, str, Tensor], None]  # recording, linear, its input [R, L, K]
+ObserveLevel = Callable[[Level, Tensor, Tensor, Tensor], None]  # q, k, v [R, H, L, D]
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,13 @@ def contexts_of(
     return {i: pipeline.condition(t, None, guided=guided) for i, t in on_device.items()}
 
 
-class RecordingCache(PlainCache):
-    """A one-layer cache that hands every key and value it stores to ``keep(k, v)``."""
+class ObservedCache(PlainCache):
+    """A one-layer cache that shows every level's queries, keys and values to ``observe``."""
 
-    keep: Callable[[Tensor, Tensor], None]
+    observe: ObserveLevel
 
     def attend_level(self, layer: int, level: Level, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not level.is_last:
-            self.keep(k, v)
+        self.observe(level, q, k, v)
         return super().attend_level(layer, level, q, k, v)
 
 
@@ -143,17 +143,17 @@ def one_layer_cache(
     pipeline: InfinityPipeline,
     schedule: Schedule,
     *,
-    keep: Callable[[Tensor, Tensor], None] = lambda k, v: None,
-) -> Callable[[int], RecordingCache]:
+    observe: ObserveLevel = lambda level, q, k, v: None,
+) -> Callable[[int], ObservedCache]:
     """Makes caches for a single block, in the dtype that the pipeline computes in."""
     model = pipeline.transformer
     config = replace(model.config, depth=1, num_chunks=1)
 
-    def new_cache(rows: int) -> RecordingCache:
-        cache = RecordingCache(
+    def new_cache(rows: int) -> ObservedCache:
+        cache = ObservedCache(
             config, schedule, rows=rows, dtype=model.block_dtype, device=pipeline.device
         )
-        cache.keep = keep
+        cache.observe = observe
         return cache
 
     return new_cache

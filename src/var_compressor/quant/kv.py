@@ -35,7 +35,8 @@ class KVRange:
     """Affine parameters of a cache tensor, x = (code - zero_point) * scale, and their cost.
 
     scale_HD float32, zero_point_HD int32, mse_HD float32: mean squared reconstruction error over
-    the tokens. percentile: the shared one, or None where every channel has its own bounds.
+    the tokens, weighted if they were. percentile: the shared one, or None where every channel has
+    its own bounds.
     """
 
     scale_HD: Tensor
@@ -44,14 +45,15 @@ class KVRange:
     percentile: float | None
 
 
-def calibrate_channels(x_HTD: Tensor, *, nbits: int) -> KVRange:
+def calibrate_channels(x_HTD: Tensor, *, nbits: int, weight_HT: Tensor | None = None) -> KVRange:
     """Bounds of every channel on their own, minimising its mean squared reconstruction error.
 
     x_HTD: recorded keys (after rotation) or values, float; rows of a batch and images joined along
-    T. The two tails are clipped apart: first a logarithmic grid of clipped shares, then golden
-    section between its neighbours, for all channels at once. Starts from min-max and only takes
-    improvements, so no channel is worse than min-max. The zero point is not clamped: a range need
-    not contain 0. Raises ValueError for an empty or non-finite record.
+    T. weight_HT: float, positive: how much a token's error counts. The two tails are clipped apart:
+    first a logarithmic grid of clipped shares, then golden section between its neighbours, for all
+    channels at once. Starts from min-max and only takes improvements, so no channel is worse than
+    min-max. The zero point is not clamped: a range need not contain 0.
+    Raises ValueError for an empty or non-finite record.
     """
     H, T, D = x_HTD.shape
     x_CT = x_HTD.float().transpose(1, 2).reshape(H * D, T)
@@ -60,10 +62,24 @@ def calibrate_channels(x_HTD: Tensor, *, nbits: int) -> KVRange:
             f"the record of shape {tuple(x_HTD.shape)} is empty or holds NaN or infinite values"
         )
     channels = max(1, _CHUNK_ELEMENTS // T)
-    parts = [_search_bounds(part_CT, nbits=nbits) for part_CT in x_CT.split(channels)]
+    if weight_HT is None:
+        weight_HT = x_HTD.new_ones(H, 1, dtype=torch.float32)
+    share_HT = weight_HT.float() / weight_HT.float().mean(1, keepdim=True)
+    share_CT = share_HT.unsqueeze(1).expand(H, D, -1).flatten(0, 1)
+    parts = [
+        _search_bounds(*part, nbits=nbits)
+        for part in zip(x_CT.split(channels), share_CT.split(channels), strict=True)
+    ]
     lo_C, hi_C, mse_C = (torch.cat(column) for column in zip(*parts, strict=True))
     scale_C, zero_point_C = choose_affine(lo_C, hi_C, nbits=nbits)
     return KVRange(scale_C.view(H, D), zero_point_C.view(H, D), mse_C.view(H, D), None)
+
+
+def largest_magnitudes(x_HTD: Tensor, *, highest_code: float) -> KVRange:
+    """Scales that put every channel's largest magnitude on the highest code; no zero point."""
+    scale_HD = x_HTD.float().abs().amax(1).clamp_min(1e-30) / highest_code
+    zero_point_HD = torch.zeros_like(scale_HD, dtype=torch.int32)
+    return KVRange(scale_HD, zero_point_HD, torch.full_like(scale_HD, torch.nan), None)
 
 
 def calibrate_shared_percentile(x_HTD: Tensor) -> KVRange:
@@ -104,10 +120,10 @@ def _range_at(x_HTD: Tensor, sorted_HTD: Tensor, percentile: float) -> KVRange:
     lo_HD, hi_HD = _quantile(sorted_HTD, 1 - percentile), _quantile(sorted_HTD, percentile)
     scale_HD = (hi_HD - lo_HD).clamp_min(1e-12) / 255
     zero_point_HD = torch.round(-128 - lo_HD / scale_HD).clamp(-128, 127).to(torch.int32)
-    mse_HD = _mean_square_error(
-        x_HTD, scale_HD.unsqueeze(1), zero_point_HD.unsqueeze(1), nbits=8, dim=1
-    )
-    return KVRange(scale_HD, zero_point_HD, mse_HD, percentile)
+    scale_H1D, zero_point_H1D = scale_HD.unsqueeze(1), zero_point_HD.unsqueeze(1)
+    codes_HTD = quantize_affine(x_HTD, scale_H1D, zero_point_H1D, nbits=8)
+    error_HTD = dequantize_affine(codes_HTD, scale_H1D, zero_point_H1D) - x_HTD
+    return KVRange(scale_HD, zero_point_HD, error_HTD.square_().mean(1), percentile)
 
 
 def _quantile(sorted_HTD: Tensor, share: float) -> Tensor:
@@ -121,7 +137,7 @@ def _quantile(sorted_HTD: Tensor, share: float) -> Tensor:
     return torch.lerp(sorted_HTD[:, below], sorted_HTD[:, above], float(rank - below))
 
 
-def _search_bounds(x_CT: Tensor, *, nbits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _search_bounds(x_CT: Tensor, share_CT: Tensor, *, nbits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Best (lo_C, hi_C, mse_C) by searching one side at a time with the other held."""
     sorted_CT = x_CT.sort(dim=1).values
     ranks_P = torch.tensor(_TAILS, dtype=torch.float64, device=x_CT.device) * (x_CT.shape[1] - 1)
@@ -133,9 +149,10 @@ def _search_bounds(x_CT: Tensor, *, nbits: int) -> tuple[Tensor, Tensor, Tensor]
         lo_C = torch.minimum(one_side_C, other_side_C)
         hi_C = torch.maximum(one_side_C, other_side_C)
         scale_C, zero_point_C = choose_affine(lo_C, hi_C, nbits=nbits)
-        return _mean_square_error(
-            x_CT, scale_C.unsqueeze(1), zero_point_C.unsqueeze(1), nbits=nbits, dim=1
-        )
+        scale_C1, zero_point_C1 = scale_C.unsqueeze(1), zero_point_C.unsqueeze(1)
+        codes_CT = quantize_affine(x_CT, scale_C1, zero_point_C1, nbits=nbits)
+        restored_CT = dequantize_affine(codes_CT, scale_C1, zero_point_C1)
+        return restored_CT.sub_(x_CT).square_().mul_(share_CT).mean(1)
 
     lo_C, hi_C = lows_PC[0], highs_PC[0]
     mse_C = error(lo_C, hi_C)
@@ -174,10 +191,3 @@ def _search_side(
         bound_C = torch.where(found_C < mse_C, candidate_C, bound_C)
         mse_C = torch.minimum(found_C, mse_C)
     return bound_C, mse_C
-
-
-def _mean_square_error(
-    x: Tensor, scale: Tensor, zero_point: Tensor, *, nbits: int, dim: int
-) -> Tensor:
-    codes = quantize_affine(x, scale, zero_point, nbits=nbits)
-    return (dequantize_affine(codes, scale, zero_point) - x).square_().mean(dim)
