@@ -278,17 +278,18 @@ def test_sizes_are_read_as_people_write_them():
             parse_bytes(text)
 
 
-def test_one_layer_caches_hand_over_what_they_store():
+def test_one_layer_caches_show_every_level():
     pipeline = tiny_pipeline()
     schedule = pipeline.schedule_for(1.0, None)
-    kept = []
-    cache = one_layer_cache(pipeline, schedule, keep=lambda k, v: kept.append((k, v)))(2)
+    seen = []
+    cache = one_layer_cache(pipeline, schedule, observe=lambda *args: seen.append(args))(2)
     config = pipeline.transformer.config
     shape = (2, config.num_heads, schedule.num_tokens, config.head_dim)
     q, k, v = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(3))
     plain = PlainCache(config, schedule, rows=2, dtype=torch.float32, device="cpu")
     ours, theirs = (one.attend(0, schedule.levels, q, k, v) for one in (cache, plain))
     assert torch.equal(ours, theirs)
-    for i, stored in enumerate((k, v)):
-        parts = torch.cat([pair[i] for pair in kept], dim=2)
-        assert torch.equal(parts, stored[:, :, : schedule.num_cached_tokens])
+    levels, *parts = zip(*seen, strict=True)
+    assert levels == schedule.levels
+    for part, whole in zip(parts, (q, k, v), strict=True):
+        assert torch.equal(torch.cat(part, dim=2), whole)

@@ -13,11 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from var_compressor import cli
-from var_compressor.artifact import read_manifest
+from var_compressor.artifact import read_kv, read_manifest
 from var_compressor.compress import choose_device, choose_dtype
 from var_compressor.evaluation.images import SETTINGS_KEY, write_png
+from var_compressor.interop.kv_quant_calib import use_cache
 from var_compressor.models.sampling import Sampling
 from var_compressor.pipeline import InfinityPipeline
+from var_compressor.quant.activations import parse_bytes
 from var_compressor.recipe import load_recipe
 
 QUICK = (
@@ -137,6 +139,85 @@ def test_calibrate_kv_wants_an_artifact(varc, model_dir, tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (model_dir, tmp_path, tmp_path / "none", tmp_path / "file"):
         refused(varc("calibrate-kv", *RECIPES, *QUICK, "--artifact", path), f"{path}")
+    refused(varc("calibrate-kv", *RECIPES, *QUICK), "--artifact or --out is missing")
+
+
+def kv_bytes_of(model_dir, **options):
+    pipeline = InfinityPipeline.from_pretrained(model_dir, dtype=torch.float32)
+    use_cache(pipeline, options["kv"])
+    return pipeline.generate(["a red cat"], seed=0, sampling=Sampling(cfg=2.0)).kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen"),
+    [
+        (("quant.kv.format=int4",), ["6 heads in 4 bits; "]),
+        (("quant.kv.format=int4", "quant.kv.dynamic=true"), ["6 heads in 4 bits; "]),
+        (("quant.kv.format=fp8", "quant.kv.plain_levels=2"), ["6 heads in 8 bits; "]),
+        (("quant.kv.keep=0.3",), ["6 heads in 8 bits", "drop levels", "of the attention"]),
+        # 6 heads of 2 x 2 x 265 x 32 values: 203,520 bytes in 8 bits
+        (("--kv-budget", "203520"), ["6 heads in 8 bits; "]),
+        (("--kv-budget", "160KiB"), [" heads in 8 bits, ", " heads in 4 bits; "]),
+        (("--kv-budget", "60KiB"), ["6 heads in 4 bits, ", "drop levels"]),
+    ],
+)
+def test_a_full_precision_model_gets_a_cache_of_its_own(varc, model_dir, tmp_path, words, chosen):
+    """Of every format: written beside the model, told, and used by `generate`."""
+    out, png = tmp_path / "kv", tmp_path / "x.png"
+    source = (*RECIPES, *QUICK, f"model.path={model_dir}", "collect.cfg=2")
+    code, printed, err = varc("calibrate-kv", *source, *words, "--out", out)
+    assert code == 0, err
+    assert all(text in printed for text in chosen), printed
+    kv = read_kv(out)
+    assert kv["bytes_per_image"] == kv_bytes_of(model_dir, kv=out)
+    if "--kv-budget" in words:
+        limit = parse_bytes(words[1])
+        assert 0.8 * limit < kv["bytes_per_image"] <= limit
+    if "quant.kv.keep=0.3" in words:
+        assert 0.25 * 203520 < kv["bytes_per_image"] <= 0.3 * 203520
+    draw = ("generate", "a red cat", "--model", model_dir, "--cfg", 2, "--out", png)
+    assert varc(*draw, "--kv", out)[0] == 0
+    first = (out / "kv_cache.safetensors").read_bytes(), json.dumps(kv), pixels(png)
+    assert settings_of(png)["kv"] == str(out)
+    assert varc("calibrate-kv", *source, *words, "--out", out)[0] == 0
+    assert varc(*draw, "--kv", out)[0] == 0
+    again = (out / "kv_cache.safetensors").read_bytes(), json.dumps(read_kv(out)), pixels(png)
+    assert first == again
+
+
+def test_kv_files_that_cannot_be_are_one_line(varc, model_dir, artifact_dir, tmp_path):
+    out = tmp_path / "kv"
+    source = (*RECIPES, *QUICK, f"model.path={model_dir}")
+    assert varc("calibrate-kv", *source, "--out", out)[0] == 0
+    draw = ("generate", "a red cat", "--out", tmp_path / "x.png")
+    refused(varc(*draw, "--kv", out), "layer 0 is of another model")
+    mine = (*draw, "--model", model_dir)
+    refused(varc(*mine, "--kv", artifact_dir), "has no KV parameters; run `varc calibrate-kv`")
+    refused(varc(*mine, "--kv", tmp_path), "kv_cache.json: not readable")
+    refused(varc("calibrate-kv", *source, "--out", artifact_dir), "is an artifact; give it as")
+    refused(varc("calibrate-kv", *source, "--out", out, "--kv-budget", "1KiB"), "less than 1 %")
+    refused(varc("calibrate-kv", *source, "--out", out, "--kv-budget", "x"), "'x' is no size")
+    refused(varc("calibrate-kv", *source, "--out", out, "quant.kv.keep=2"), "quant.kv.keep: exp")
+    words = ("--artifact", artifact_dir, "--format", "pt")
+    refused(varc("calibrate-kv", *source, *words), "give --out")
+    words = ("--out", out, "--format", "pt", "quant.kv.format=int4")
+    refused(varc("calibrate-kv", *source, *words), "holds calibrated int8 ranges alone")
+    ranges = out / "kv_cache.safetensors"
+    ranges.write_bytes(ranges.read_bytes()[:-1] + b"x")
+    refused(varc(*mine, "--kv", out), "is not the file of")
+
+
+def test_kv_ranges_as_the_original_writes_them(varc, model_dir, tmp_path):
+    source = (*RECIPES, *QUICK, f"model.path={model_dir}")
+    out, png = tmp_path / "kv", tmp_path / "x.png"
+    assert varc("calibrate-kv", *source, "--out", out)[0] == 0
+    assert varc("calibrate-kv", *source, "--out", out, "--format", "pt")[0] == 0
+    draw = ("generate", "a red cat", "--model", model_dir, "--out", png)
+    images = []
+    for kv in (out, out / "kv_quant_calib.pt"):
+        assert varc(*draw, "--kv", kv)[0] == 0
+        images.append(pixels(png))
+    assert images[0] == images[1]
 
 
 def test_an_artifact_is_not_compressed_again(varc, artifact_dir, tmp_path):

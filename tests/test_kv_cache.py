@@ -363,12 +363,11 @@ def test_teacher_forcing_with_codes_equals_cached_generation(patchify, cfg, kind
     for ours, cached in zip(at_once, run.trace.logits, strict=True):
         # products of other shapes round otherwise, which may move a value across a code's border
         error = (ours - cached).abs() / cached.abs().max()
-        coarse = min(nbits) == 4
-        assert (error <= 1e-5).double().mean() >= (0.9 if coarse else 0.98)
-        assert error.max() <= (2e-2 if coarse else 1e-3)
+        assert (error <= 1e-5).double().mean() >= 0.98
+        assert error.max() <= (1e-3 if min(nbits) == 8 else 2e-2)
     changes = [
         float((ours - theirs).abs().max() / theirs.abs().max())
         for ours, theirs in zip(run.trace.logits, plain.trace.logits, strict=True)
     ]
     # nothing is cached at the first level
-    assert changes[0] <= 1e-5 and max(changes[1:]) > 1e-3
+    assert changes[0] <= 1e-5 and max(changes[1:]) > 1e-4

@@ -5,6 +5,7 @@ Shapes: N output and K input channels, T tokens, H heads, D head channels.
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -30,8 +31,9 @@ from var_compressor.artifact import (
     read_manifest,
     verify_files,
 )
-from var_compressor.compress import calibrate_cache
-from var_compressor.layers.kv_cache import PlainCache, params_to_tensors
+from var_compressor.compress import calibrate_cache, store_cache
+from var_compressor.layers.kv_cache import PlainCache
+from var_compressor.layers.kv_params import params_to_tensors
 from var_compressor.layers.linear import QuantizedLinear
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.tensor_files import CheckpointError
@@ -455,7 +457,7 @@ class Collector(PlainCache):
 
 def test_kv_parameters_equal_those_of_real_generations(artifact_dir, monkeypatch):
     pipeline = open_tiny(artifact_dir)
-    params, layers = calibrate_kv(pipeline, COLLECTION, KVSpec())
+    found = calibrate_kv(pipeline, COLLECTION, KVSpec(weighting="none"))
     kept = {}
     model = pipeline.transformer
 
@@ -468,22 +470,37 @@ def test_kv_parameters_equal_those_of_real_generations(artifact_dir, monkeypatch
     for i, prompt in enumerate(COLLECTION.prompts.values()):
         pipeline.generate([prompt], seed=COLLECTION.seed + i, sampling=COLLECTION.sampling)
     schedule = pipeline.schedule_for(1.0, None)
-    for layer, one in enumerate(params):
+    for layer, ranges in enumerate(one.ranges for one in found.params.layers):
+        reports = found.kv["layers"][layer]
+        assert reports["num_tokens"] == 2 * 2 * schedule.num_cached_tokens
         for j, (scale_HD, zero_HD) in enumerate(
-            ((one.k_scale_HD, one.k_zero_point_HD), (one.v_scale_HD, one.v_zero_point_HD))
+            (
+                (ranges.k_scale_HD, ranges.k_zero_point_HD),
+                (ranges.v_scale_HD, ranges.v_zero_point_HD),
+            )
         ):
             x_HTD = torch.cat([pair[j].transpose(0, 1).flatten(1, 2) for pair in kept[layer]], 1)
             # both guidance rows of both prompts, all levels but the last
             assert x_HTD.shape[1] == 2 * 2 * schedule.num_cached_tokens
-            assert layers[layer]["num_tokens"] == x_HTD.shape[1]
             wanted = calibrate_channels(x_HTD, nbits=8)
             torch.testing.assert_close(scale_HD, wanted.scale_HD, rtol=1e-3, atol=0)
             assert (zero_HD - wanted.zero_point_HD).abs().max() <= 1
             codes = (x_HTD / scale_HD[:, None] + zero_HD[:, None]).round().clamp(-128, 127)
             back = (codes - zero_HD[:, None]) * scale_HD[:, None]
-            reported = layers[layer]["kv"[j] + "_snr_db"]
-            assert snr_db(x_HTD, back) == pytest.approx(reported, abs=0.02)
-            assert reported > 30
+            report = reports["kv"[j]]
+            assert snr_db(x_HTD, back) == pytest.approx(report["snr_db"], abs=0.02)
+            assert report["snr_db"] > 30
+            mse_HD = (x_HTD - back).square().mean(1)
+            torch.testing.assert_close(found.mse_HD[layer]["kv"[j]], mse_HD, rtol=1e-3, atol=0)
+            range_HD = x_HTD.amax(1) - x_HTD.amin(1)
+            skewness_HD = (
+                ((x_HTD - x_HTD.mean(1, keepdim=True)) / x_HTD.std(1, keepdim=True)).pow(3).mean(1)
+            )
+            told = [report[name] for name in ("range_cv_channels", "skewness_max", "mse")]
+            wanted = (range_HD.std() / range_HD.mean(), skewness_HD.abs().max(), mse_HD.mean())
+            assert told == pytest.approx([float(x) for x in wanted], rel=1e-2)
+            inside = (codes > -128) & (codes < 127)
+            assert min(report["kept_share"]) >= float(inside.float().mean(1).min())
 
 
 def test_a_cache_in_int8_draws_nearly_the_same(artifact_dir, kv_artifact_dir):
@@ -511,7 +528,8 @@ def test_calibrating_twice_and_being_killed_in_between(
     shutil.copytree(artifact_dir, out)
 
     def calibrate(recipe):
-        return calibrate_cache(recipe, out, on_progress=lambda *step: None)
+        store_cache(calibrate_cache(recipe, out, on_progress=lambda *step: None), out, None)
+        return read_manifest(out)
 
     first = calibrate(recipe)
     after_first = contents(out)
@@ -549,7 +567,7 @@ def test_calibrating_twice_and_being_killed_in_between(
 def test_kv_params_of_the_recipe_mode_are_used(artifact_dir):
     pipeline = open_tiny(artifact_dir)
     found = [
-        params_to_tensors(calibrate_kv(pipeline, COLLECTION, KVSpec(mode=mode))[0])
+        params_to_tensors(calibrate_kv(pipeline, COLLECTION, KVSpec(mode=mode)).params)
         for mode in ("per_channel", "shared_percentile")
     ]
     zero_points = found[1]["000.k_zero_point_HD"]
@@ -561,8 +579,20 @@ def test_kv_params_of_the_recipe_mode_are_used(artifact_dir):
 def test_kv_of_another_model_is_refused_on_opening(kv_artifact_dir, tmp_path):
     out = tmp_path / "artifact"
     shutil.copytree(kv_artifact_dir, out)
-    tensors = artifact_module.read_tensors(out / KV_FILE, "cpu")
-    del tensors["002.k_scale_HD"]
-    put_kv(out, tensors, {"format": "int8"})
+    tensors, kv = artifact_module.read_tensors(out / KV_FILE, "cpu"), read_manifest(out).kv
+    put_kv(out, {n: t for n, t in tensors.items() if n != "002.k_scale_HD"}, kv)
     with pytest.raises(ValueError, match=r"kv_cache\.safetensors: layer 2 k_scale_HD is nothing"):
+        open_tiny(out)
+    layers = copy.deepcopy(kv["layers"])
+    layers[1]["block"] = layers[0]["block"]
+    put_kv(out, tensors, {**kv, "layers": layers})
+    with pytest.raises(ValueError, match="layer 1 is of another model than the one that the rang"):
+        open_tiny(out)
+    put_kv(out, tensors, {**kv, "format": {**kv["format"], "name": "int4"}})
+    with pytest.raises(ValueError, match=r"layer 0 nbits_H holds \[8\], int4 has 4"):
+        open_tiny(out)
+    put_kv(out, tensors, {**kv, "format": {**kv["format"], "name": "int3"}})
+    with pytest.raises(
+        ValueError, match=r"kv\.format\.name is 'int3', this program reads fp8, int8"
+    ):
         open_tiny(out)

@@ -296,14 +296,19 @@ def put_kv(folder: str | Path, tensors: Mapping[str, Tensor], kv: dict[str, Any]
 
 def write_kv(folder: str | Path, tensors: Mapping[str, Tensor], kv: dict[str, Any]) -> None:
     """The KV cache's parameters alone, for a model that is no artifact; the manifest goes last."""
+    check_no_artifact(folder)
     folder = Path(folder)
-    if is_artifact(folder) or is_unfinished(folder):
-        raise ArtifactError(f"{folder}: is an artifact; give it as --artifact")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / KV_MANIFEST).unlink(missing_ok=True)
     write_atomically(folder / KV_FILE, save(on_cpu(tensors)))
     digest = sha256_of(folder / KV_FILE)
     write_json(folder / KV_MANIFEST, {"format": KV_FORMAT, "sha256": digest, "kv": kv})
+
+
+def check_no_artifact(folder: str | Path) -> None:
+    """Raises: ArtifactError for an artifact, whose own manifest tells of its KV parameters."""
+    if is_artifact(folder) or is_unfinished(folder):
+        raise ArtifactError(f"{folder}: is an artifact; give it as --artifact")
 
 
 def read_kv(folder: str | Path) -> dict[str, Any]:

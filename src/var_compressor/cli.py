@@ -253,6 +253,7 @@ def calibrate_kv(
 
     Without --artifact, the full-precision model of the recipe is calibrated.
     """
+    from var_compressor.artifact import check_no_artifact
     from var_compressor.compress import calibrate_cache, store_cache
     from var_compressor.interop import kv_quant_calib
     from var_compressor.quant.kv_report import COLUMNS, choice_text, table_rows
@@ -261,10 +262,12 @@ def calibrate_kv(
         raise ValueError("--artifact or --out is missing; name where the result goes")
     if file_format == KVFile.pt and out is None:
         raise ValueError(f"--format pt writes OUT/{kv_quant_calib.FILE}; give --out")
-    budget = [] if kv_budget is None else [f"quant.kv.budget={kv_budget}"]
+    budget = [] if kv_budget is None else [f'quant.kv.budget="{kv_budget}"']
     recipe = _load_recipe([*recipes, *budget])
     if file_format == KVFile.pt:
         kv_quant_calib.check_writable(recipe.quant.kv)
+    if out is not None:
+        check_no_artifact(out)
     with progress() as on_progress:
         found = calibrate_cache(recipe, artifact, on_progress=on_progress)
     print_table(COLUMNS, table_rows(found.kv), stderr=False)
