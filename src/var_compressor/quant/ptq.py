@@ -276,7 +276,7 @@ class _Run:
 
     def _seconds_since(self, began: float) -> float:
         if self.pipeline.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.pipeline.device)
         return perf_counter() - began
 
     def _commit(
