@@ -323,9 +323,9 @@ def test_inspect_tells_base_formats_sizes_and_origin(folder, model_dir, artifact
 def test_the_summary_of_a_spec():
     from var_compressor.spec import PRESETS
 
-    assert PRESETS["naive"].summary() == (
-        "W4A4 g64 rank 0 (cross_attn.kv W4A16 g64 rank 0, ffn.fc2 W4A4 g64 rank 0 uint4)"
-    )
+    assert PRESETS["naive"].summary() == "W4A4 g64 rank 0 (cross_attn.kv W4A16 g64 rank 0)"
+    words = "W4A4 g64 rank 32 (cross_attn.kv W4A16 g64 rank 32, ffn.fc2 W4A4 g64 rank 32 uint4)"
+    assert PRESETS["svdquant"].summary() == words
     assert PRESETS["w8a8"].summary() == (
         "W8A8 per row rank 32 (cross_attn.kv W8A16 per row rank 32)"
     )

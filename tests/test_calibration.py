@@ -5,6 +5,8 @@ Shapes: R rows, L tokens, K input channels, M = R*L tokens of a call.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -267,6 +269,21 @@ def test_a_store_gives_back_what_it_got_wherever_it_lies(tmp_path, bounds):
     on_disk = [path for path in tmp_path.iterdir() if path.stat().st_size]
     assert len(on_disk) == sum(place == "disk" for place in store.places.values())
     store.close()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    x = torch.ones(3, 4)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        activation_store(torch.device("cpu"), MemoryBounds(ram_bytes=50), tmp_path) as store,
+    ):
+        store.put(0, x)
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        store.put(1, x)
     assert not any(tmp_path.iterdir())
 
 

@@ -105,7 +105,7 @@ def test_the_text_and_the_json_say_the_same():
     assert sums == [pytest.approx(float(rows[-1][column]), abs=0.1) for column in (-3, -2)]
     shown = {row[0]: row for row in rows}
     assert shown["blocks.0.ffn.fc1"][3:8] == ("16 bits", "", "16 bits", "", "")
-    assert shown["cross_attn.kv"][3:8] == ("sint4 g64", "nearest", "16 bits", "32", "yes")
+    assert shown["cross_attn.kv"][3:8] == ("sint4 g64", "nearest, range", "16 bits", "32", "yes")
 
 
 # --- varc quantize --plan ------------------------------------------------------------------------

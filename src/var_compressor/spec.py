@@ -63,12 +63,15 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """How a weight is stored: number format, input channels per scale, and how codes are chosen."""
+    """How a weight is stored: number format, input channels per scale, and how codes are chosen.
+
+    `range_search`: the final codes take, in each group, the share of its range that loses least.
+    """
 
     format: str = "sint4"
     group_size: int = 64
     rounding: Literal["rtn", "gptq"] = "rtn"
-    range_search: bool = False
+    range_search: bool = True
 
 
 @dataclass(frozen=True)
@@ -429,8 +432,18 @@ def _check_rules(key: str, rules: tuple[ModuleRule, ...]) -> None:
 
 PRESETS: dict[str, QuantSpec] = {
     "svdquant": QuantSpec(),
-    "naive": QuantSpec(smooth=SmoothSpec(enabled=False), low_rank=LowRankSpec(rank=0)),
-    "smoothquant": QuantSpec(low_rank=LowRankSpec(rank=0)),
+    # as the literature compares them: signed inputs, every group's whole range
+    "naive": QuantSpec(
+        weight=WeightSpec(range_search=False),
+        act=ActSpec(allow_unsigned=False),
+        smooth=SmoothSpec(enabled=False),
+        low_rank=LowRankSpec(rank=0),
+    ),
+    "smoothquant": QuantSpec(
+        weight=WeightSpec(range_search=False),
+        act=ActSpec(allow_unsigned=False),
+        low_rank=LowRankSpec(rank=0),
+    ),
     "gptq": QuantSpec(weight=WeightSpec(rounding="gptq")),
     "w4a16": QuantSpec(act=ActSpec(format=None), smooth=SmoothSpec(enabled=False)),
     "w4a8": QuantSpec(act=ActSpec("sint8", WHOLE_ROW)),

@@ -21,8 +21,9 @@ from torch import Tensor
 from .packing import unpack_int4
 from .primitives import NumberFormat, quantize_dynamic
 
-# tokens per step of the GEMMs: the partial sums of a step are [256, N] float32
-_GEMM_ROWS = 256
+# tokens per step of the GEMMs, whose partial sums are [tokens, N] float32: what a CPU's cache
+# holds, or enough to keep a GPU busy between launches
+_GEMM_ROWS = {"cpu": 256, "cuda": 16384}
 # channels whose int8 products a float32 sum holds exactly: 1024 * 127^2 < 2^24
 _EXACT_INT8_CHANNELS = 1024
 # logits per step of attention: 16 Mi elements, 64 MiB in float32
@@ -198,8 +199,9 @@ def _branch(low_MR: Tensor, proj_up_NR: Tensor, bias_N: Tensor | None) -> Tensor
     return y_MN if bias_N is None else y_MN.add_(bias_N.float())
 
 
-def _row_blocks(num_rows: int) -> list[slice]:
-    return [slice(start, start + _GEMM_ROWS) for start in range(0, num_rows, _GEMM_ROWS)]
+def _row_blocks(x_MK: Tensor) -> list[slice]:
+    step = _GEMM_ROWS[x_MK.device.type]
+    return [slice(start, start + step) for start in range(0, len(x_MK), step)]
 
 
 def _add_integer_product(
@@ -216,7 +218,7 @@ def _add_integer_product(
     xscales_MG = xscales_MG.repeat_interleave(G // num_x, dim=1)
     wscales_GN = wscales_NG.float().T.repeat_interleave(G // num_w, dim=0)
     weight_NK = wcodes_NK.float()
-    for rows in _row_blocks(len(codes_MK)):
+    for rows in _row_blocks(codes_MK):
         codes_mK = codes_MK[rows].float()
         for g in range(G):
             group = slice(g * (K // G), (g + 1) * (K // G))

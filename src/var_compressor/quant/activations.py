@@ -75,14 +75,14 @@ class ActivationStore:
         if held is not None and (held.shape != x.shape or held.dtype != x.dtype):
             self._forget(key)
         if key not in self.places:
-            self.places[key] = self._choose_place(x.nbytes)
-        place = self.places[key]
-        if place == "device":
+            place = self._choose_place(x.nbytes)
+            makers = {"device": lambda: x, "ram": lambda: _in_ram(x)}
+            self._tensors[key] = makers.get(place, lambda: self._on_disk(key, x))()
+            self.places[key] = place
+        if self.places[key] == "device":
             self._tensors[key] = x
-            return
-        if key not in self._tensors:
-            self._tensors[key] = self._on_disk(key, x) if place == "disk" else _in_ram(x)
-        self._tensors[key].copy_(x)
+        else:
+            self._tensors[key].copy_(x)
 
     def get(self, key: Hashable) -> Tensor:
         return self._tensors[key].to(self.device)
@@ -112,9 +112,13 @@ class ActivationStore:
 
     def _on_disk(self, key: Hashable, x: Tensor) -> Tensor:
         path = self._path(key)
-        with path.open("wb") as file:
-            # writing into a mapped file on a full disk would kill the process
-            os.posix_fallocate(file.fileno(), 0, x.nbytes)
+        try:
+            with path.open("wb") as file:
+                # writing into a mapped file on a full disk would kill the process
+                os.posix_fallocate(file.fileno(), 0, x.nbytes)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         flat = torch.from_file(str(path), shared=True, size=x.numel(), dtype=x.dtype)
         return flat.view(x.shape)
 

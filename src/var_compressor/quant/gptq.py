@@ -67,16 +67,16 @@ def output_errors(weight_NK: Tensor, quantized: QuantizedWeight, hessian_KK: Ten
     return ((error_NK @ hessian_KK.double()) * error_NK).sum(-1)
 
 
-def rtn(weight_NK: Tensor, hessian_KK: Tensor | None, options: RoundingOptions) -> QuantizedWeight:
+def rtn(weight_NK: Tensor, energy_K: Tensor | None, options: RoundingOptions) -> QuantizedWeight:
     """Round to nearest, each group with the range that loses least.
 
-    A group's loss is its squared error, every channel weighted by its diagonal entry of hessian_KK
-    (None: equally); with clip_ratios (1.0,) the range is the absmax. Ties: the first ratio. Both
-    may carry leading dimensions: a batch of matrices is rounded as each would be alone.
+    A group's loss is its squared error, every channel weighted by energy_K, the mean or sum of its
+    squared inputs (None: equally); with clip_ratios (1.0,) the range is the absmax. Ties: the first
+    ratio. Both may carry leading dimensions: a batch of matrices is rounded as each would be alone.
     Raises ValueError if the channels do not split into groups.
     """
     tensor_scale = choose_tensor_scale(weight_NK, format=options.format)
-    scales_NG = _search_scales(weight_NK, tensor_scale, hessian_KK, options)
+    scales_NG = _search_scales(weight_NK, tensor_scale, energy_K, options)
     codes_NK = quantize_symmetric(weight_NK, scales_NG, format=options.format)
     return QuantizedWeight(codes_NK, scales_NG, options.format, tensor_scale)
 
@@ -98,8 +98,8 @@ def gptq(weight_NK: Tensor, hessian_KK: Tensor | None, options: RoundingOptions)
         raise ValueError(
             f"gptq needs a [{K}, {K}] Hessian of the inputs, got {shape}; collect one or use rtn"
         )
-    nearest = rtn(weight_NK, hessian_KK, options)
     diagonal_K = hessian_KK.diagonal()
+    nearest = rtn(weight_NK, diagonal_K, options)
     order_K = torch.arange(K, device=weight_NK.device)
     if options.act_order:
         order_K = diagonal_K.argsort(descending=True, stable=True)
@@ -125,7 +125,7 @@ def _with_codes_of(weight_NK: Tensor, quantized: QuantizedWeight) -> QuantizedWe
 def _search_scales(
     weight_NK: Tensor,
     tensor_scale: Tensor | None,
-    hessian_KK: Tensor | None,
+    energy_K: Tensor | None,
     options: RoundingOptions,
 ) -> Tensor:
     weight_NK, format = weight_NK.float(), options.format
@@ -136,15 +136,12 @@ def _search_scales(
     best_NG = rounded(widest_NG * options.clip_ratios[0])
     if len(options.clip_ratios) == 1:
         return best_NG
-    importance_1K = (
-        None if hessian_KK is None else hessian_KK.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    )
     lowest_NG = torch.full_like(best_NG, torch.inf)
     for ratio in options.clip_ratios:
         scales_NG = rounded(widest_NG * ratio)
         error_NK = round_to_grid(weight_NK, scales_NG, format=format).sub_(weight_NK).square_()
-        if importance_1K is not None:
-            error_NK *= importance_1K
+        if energy_K is not None:
+            error_NK *= energy_K.unsqueeze(-2)
         error_NG = split_groups(error_NK, group_size=options.group_size).sum(-1)
         improved_NG = error_NG < lowest_NG
         best_NG = torch.where(improved_NG, scales_NG, best_NG)

@@ -97,8 +97,7 @@ def quantize_linear(
     # the codes absorb what rounding the branch to bf16 left over
     branch = _in_bf16(split.up_NR, split.down_RK)
     residual_NK = smoothed_NK - branch[0] @ branch[1]
-    gram_KK = hessian(round_act(x_hat_TK)) if spec.weight.rounding == "gptq" else None
-    codes = rounded(residual_NK, gram_KK, spec=spec)
+    codes = rounded(residual_NK, round_act(x_hat_TK), spec=spec)
     if rank:
         branch = _better_branch(judge, codes.dequantize(), smoothed_NK, x_hat_TK, branch, generator)
 
@@ -207,21 +206,42 @@ class _Measure:
 # --- formats of a spec ----------------------------------------------------------------------------
 
 
-def rounded(weight_NK: Tensor, hessian_KK: Tensor | None, *, spec: LinearSpec) -> QuantizedWeight:
-    """Codes and scales of a weight; GPTQ where a Hessian is given, else to nearest."""
+def rounded(weight_NK: Tensor, qx_TK: Tensor, *, spec: LinearSpec) -> QuantizedWeight:
+    """The final codes of a weight that multiplies the (quantized) inputs qx_TK.
+
+    A row keeps its groups' whole ranges where the search for others does not lower its output
+    error.
+    """
     options = RoundingOptions(
         format=FORMATS[spec.weight.format],
         group_size=resolved_group(spec.weight.group_size, weight_NK.shape[-1]),
         scale_dtype=WSCALE_DTYPE,
         clip_ratios=CLIP_RATIOS if spec.weight.range_search else (1.0,),
     )
-    return (rtn if hessian_KK is None else gptq)(weight_NK, hessian_KK, options)
+    if spec.weight.rounding == "gptq":
+        found = gptq(weight_NK, hessian(qx_TK), options)
+    else:
+        found = rtn(weight_NK, qx_TK.square().mean(0), options)
+    if not spec.weight.range_search:
+        return found
+    whole = rtn(weight_NK, None, replace(options, clip_ratios=(1.0,)))
+    lost = [(qx_TK @ (w.dequantize() - weight_NK).T).square().sum(0) for w in (found, whole)]
+    better_N1 = (lost[0] < lost[1]).unsqueeze(-1)
+    return replace(
+        found,
+        # selected as bytes, because 8-bit floats have no where()
+        codes_NK=torch.where(
+            better_N1, found.codes_NK.view(torch.uint8), whole.codes_NK.view(torch.uint8)
+        ).view(found.codes_NK.dtype),
+        scales_NG=torch.where(better_N1, found.scales_NG, whole.scales_NG),
+    )
 
 
 def nearest(weight_NK: Tensor, *, spec: LinearSpec) -> Tensor:
-    """A weight rounded to nearest, dequantized; leading dimensions are candidates."""
-    if spec.weight.range_search:
-        return rounded(weight_NK, None, spec=spec).dequantize()
+    """A weight rounded to nearest in its groups' whole ranges, dequantized; what searches round.
+
+    Leading dimensions are candidates.
+    """
     format = FORMATS[spec.weight.format]
     return round_trip(
         weight_NK,

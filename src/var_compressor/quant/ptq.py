@@ -154,7 +154,7 @@ class _Run:
         trace = record(
             self.pipeline, collection, self.store, on_progress=self.on_progress, team=self.team
         )
-        self.timing["stages"]["recording"] = perf_counter() - began
+        self.timing["stages"]["recording"] = self._seconds_since(began)
         if self.team.is_first:
             write_trace(path, trace)
         return trace
@@ -176,7 +176,7 @@ class _Run:
                 self._pass_through(stream, trace, index, block)
             else:
                 recorded = self._collect(stream, trace, sample, index, block)
-                streamed = perf_counter() - began
+                streamed = self._seconds_since(began)
                 inputs = BlockInputs(block, recorded, sample, trace.schedule, stream.rope_2LD)
                 tensors, reports, seconds = self._quantize_block(index, block, inputs)
                 self._commit(index, tensors, reports, {"inputs": streamed, **seconds})
@@ -272,7 +272,12 @@ class _Run:
             generator=seeded_generator(self.spec.calibration.seed, f"blocks.{index}.{name}"),
         )
         state = {key: tensor.cpu() for key, tensor in quantized.state_dict().items()}
-        return state, asdict(report), perf_counter() - began
+        return state, asdict(report), self._seconds_since(began)
+
+    def _seconds_since(self, began: float) -> float:
+        if self.pipeline.device.type == "cuda":
+            torch.cuda.synchronize(self.pipeline.device)
+        return perf_counter() - began
 
     def _commit(
         self,
