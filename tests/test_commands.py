@@ -195,7 +195,7 @@ def test_kv_files_that_cannot_be_are_one_line(varc, model_dir, artifact_dir, tmp
     refused(varc(*mine, "--kv", artifact_dir), "has no KV parameters; run `varc calibrate-kv`")
     refused(varc(*mine, "--kv", tmp_path), "kv_cache.json: not readable")
     refused(varc("calibrate-kv", *source, "--out", artifact_dir), "is an artifact; give it as")
-    refused(varc("calibrate-kv", *source, "--out", out, "--kv-budget", "1KiB"), "less than 1 %")
+    refused(varc("calibrate-kv", *source, "--out", out, "--kv-budget", "0.5KiB"), "less than 1 %")
     refused(varc("calibrate-kv", *source, "--out", out, "--kv-budget", "x"), "'x' is no size")
     refused(varc("calibrate-kv", *source, "--out", out, "quant.kv.keep=2"), "quant.kv.keep: exp")
     words = ("--artifact", artifact_dir, "--format", "pt")

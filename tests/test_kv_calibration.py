@@ -5,7 +5,11 @@ import torch
 
 from quant_golden import joined, load_golden
 from var_compressor.ops.primitives import choose_affine, dequantize_affine, quantize_affine
-from var_compressor.quant.kv import calibrate_channels, calibrate_shared_percentile
+from var_compressor.quant.kv import (
+    calibrate_channels,
+    calibrate_shared_percentile,
+    largest_magnitudes,
+)
 
 CASES = ["kvcalib_k_b", "kvcalib_v_a"]
 
@@ -60,6 +64,66 @@ def test_no_channel_is_worse_than_min_max(name, nbits):
     own_HD = mse64(x_HTD, found.scale_HD, found.zero_point_HD, nbits=nbits)
     assert (own_HD <= min_max_mse(x_HTD, nbits=nbits) * (1 + 1e-4)).all()
     torch.testing.assert_close(found.mse_HD.double(), own_HD, rtol=1e-3, atol=0)
+
+
+def attention_error(x_HTD, scale_HD, zero_HD, *, of_keys, nbits):
+    """Mean squared error of attention's output where x are its keys, or its values; float64."""
+    rng = torch.Generator().manual_seed(7)
+    H, T, D = x_HTD.shape
+    scale_H1D, zero_H1D = scale_HD.double()[:, None], zero_HD.double()[:, None]
+    lowest = -(2 ** (nbits - 1))
+    codes = (x_HTD.double() / scale_H1D + zero_H1D).round().clamp(lowest, -lowest - 1)
+    restored = (codes - zero_H1D) * scale_H1D
+    q_HND, other_HTD = (torch.randn(H, n, D, generator=rng, dtype=torch.float64) for n in (200, T))
+    q_HND = 10 * torch.nn.functional.normalize(q_HND, dim=-1)
+
+    def attend(stored):
+        k, v = (stored, other_HTD) if of_keys else (other_HTD / D**0.5, stored)
+        return (q_HND @ k.mT).softmax(-1) @ v
+
+    return (attend(restored) - attend(x_HTD.double())).square().mean()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_loses_less_than_with_the_originals_parameters(name):
+    golden = load_golden(name)
+    x_HTD, of_keys = record(golden), "_k_" in name
+    theirs = (golden["scale"], golden["zero_point"])
+    own = calibrate_channels(x_HTD, nbits=8)
+    errors = [
+        attention_error(x_HTD, *params, of_keys=of_keys, nbits=8)
+        for params in ((own.scale_HD, own.zero_point_HD), theirs)
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_weights_are_repeated_tokens():
+    """A token that counts threefold is three tokens; equal weights change nothing."""
+    x_HTD = record(load_golden("kvcalib_v_a"))[:2, :300, :5]
+    counts_HT = torch.randint(1, 4, (2, 300), generator=torch.Generator().manual_seed(0))
+    weighted = calibrate_channels(x_HTD, nbits=4, weight_HT=2.5 * counts_HT.float())
+    equal = calibrate_channels(x_HTD, nbits=4, weight_HT=torch.full((2, 300), 0.3))
+    plain = calibrate_channels(x_HTD, nbits=4)
+    torch.testing.assert_close(equal.mse_HD, plain.mse_HD, rtol=1e-3, atol=0)
+    for h in range(2):
+        repeated_TD = x_HTD[h].repeat_interleave(counts_HT[h], dim=0)[None]
+        wanted_D = mse64(
+            repeated_TD, weighted.scale_HD[h, None], weighted.zero_point_HD[h, None], nbits=4
+        )[0]
+        torch.testing.assert_close(weighted.mse_HD[h].double(), wanted_D, rtol=1e-3, atol=0)
+        unaware_D = mse64(
+            repeated_TD, plain.scale_HD[h, None], plain.zero_point_HD[h, None], nbits=4
+        )[0]
+        ratio_D = wanted_D / unaware_D
+        assert ratio_D.max() <= 1.01 and ratio_D.min() < 0.97
+
+
+def test_magnitudes_reach_the_highest_code():
+    x_HTD = record(load_golden("kvcalib_v_a"))
+    found = largest_magnitudes(x_HTD, highest_code=448)
+    assert (found.zero_point_HD == 0).all()
+    highest = (x_HTD / found.scale_HD[:, None]).abs().amax(1)
+    torch.testing.assert_close(highest, torch.full_like(highest, 448.0))
 
 
 def test_bounds_are_near_the_best_of_a_dense_search():

@@ -41,7 +41,7 @@ from var_compressor.quant.kv import (
 from var_compressor.quant.kv_budget import CacheShape, LayerChoice, LayerNeeds, evict, fit
 from var_compressor.quant.kv_measure import cache_noise
 from var_compressor.quant.kv_record import LayerRecord, LayerRecorder, RecordPlan
-from var_compressor.quant.kv_report import attention_kept, kept_shares, layer_report, output_snr_db
+from var_compressor.quant.kv_report import attention_kept, clipping, layer_report, output_snr_db
 from var_compressor.quant.recording import Collection, record
 from var_compressor.spec import KVSpec
 
@@ -123,15 +123,15 @@ def measure_layer(
     config = pipeline.transformer.config
     ranges, noise_H, reports = {}, {}, {}
     for nbits in candidate_bits(spec):
-        params = None if spec.dynamic else find_ranges(seen, spec, nbits=nbits)
+        found = None if spec.dynamic else find_ranges(seen, spec, nbits=nbits)
+        ranges[nbits] = params = None if found is None else params_of(found)
         layer = whole_layer(params, nbits=nbits, num_heads=config.num_heads)
         noise = cache_noise(seen.probe, layer, format_of(spec), config, schedule)
-        ranges[nbits], noise_H[nbits] = params, noise.share_H.cpu()
+        noise_H[nbits] = noise.share_H.cpu()
         reports[nbits] = layer_report(seen, noise)
-        if params is not None and spec.format != "fp8":
-            shares = kept_shares(seen, params, nbits=nbits)
-            for name, share in shares.items():
-                reports[nbits][name]["kept_share"] = share
+        if found is not None and spec.format != "fp8":
+            for name, told in clipping(seen, found, nbits=nbits).items():
+                reports[nbits][name] |= told
     mse_HD = {"k": noise.k_mse_HD.cpu(), "v": noise.v_mse_HD.cpu()}
     return LayerFindings(ranges, LayerNeeds(noise_H, seen.mass_HS.cpu()), reports, mse_HD)
 
@@ -146,8 +146,8 @@ def format_of(spec: KVSpec) -> CacheFormat:
     return CacheFormat(spec.format, spec.dynamic, spec.plain_levels)
 
 
-def find_ranges(seen: LayerRecord, spec: KVSpec, *, nbits: int) -> KVParams:
-    """Affine parameters of keys and values."""
+def find_ranges(seen: LayerRecord, spec: KVSpec, *, nbits: int) -> dict[str, KVRange]:
+    """Affine parameters of keys, ``k``, and of values, ``v``."""
     weight_HT = seen.weight_HT if spec.weighting == "attention" else None
 
     def find(x_HTD: Tensor) -> KVRange:
@@ -157,7 +157,11 @@ def find_ranges(seen: LayerRecord, spec: KVSpec, *, nbits: int) -> KVParams:
             return calibrate_shared_percentile(x_HTD)
         return calibrate_channels(x_HTD, nbits=nbits, weight_HT=weight_HT)
 
-    k, v = find(seen.k_HTD), find(seen.v_HTD)
+    return {"k": find(seen.k_HTD), "v": find(seen.v_HTD)}
+
+
+def params_of(found: dict[str, KVRange]) -> KVParams:
+    k, v = found["k"], found["v"]
     return KVParams(k.scale_HD, k.zero_point_HD, v.scale_HD, v.zero_point_HD)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from var_compressor.layers.kv_params import KVParams
+from var_compressor.quant.kv import KVRange
 from var_compressor.quant.kv_budget import LayerChoice, LayerNeeds
 from var_compressor.quant.kv_measure import CacheNoise
 from var_compressor.quant.kv_record import LayerRecord
@@ -36,19 +36,26 @@ def spread(x_HTD: Tensor) -> dict[str, float]:
     }
 
 
-def kept_shares(record: LayerRecord, ranges: KVParams, *, nbits: int) -> dict[str, list[float]]:
-    """Smallest, median and largest share of a channel's tokens that its bounds do not clip."""
-    found = {}
+def clipping(
+    record: LayerRecord, found: dict[str, KVRange], *, nbits: int
+) -> dict[str, dict[str, Any]]:
+    """Of keys and of values: the smallest, median and largest share of a channel's tokens that its
+    bounds do not clip, and the percentile of a search that has one for all.
+    """
+    told: dict[str, dict[str, Any]] = {}
+    half = 2 ** (nbits - 1)
     for name, x_HTD in (("k", record.k_HTD), ("v", record.v_HTD)):
-        scale_HD = getattr(ranges, f"{name}_scale_HD")
-        zero_HD = getattr(ranges, f"{name}_zero_point_HD")
-        half = 2 ** (nbits - 1)
+        scale_HD, zero_HD = found[name].scale_HD, found[name].zero_point_HD
         # a value within half a step of the last code is rounded, not clipped
         lowest, highest = ((code - zero_HD) * scale_HD for code in (-half - 0.5, half - 0.5))
         inside_HTD = (x_HTD >= lowest[:, None]) & (x_HTD <= highest[:, None])
         share_HD = inside_HTD.float().mean(1)
-        found[name] = [float(share_HD.min()), float(share_HD.median()), float(share_HD.max())]
-    return found
+        told[name] = {
+            "kept_share": [float(x) for x in (share_HD.min(), share_HD.median(), share_HD.max())]
+        }
+        if found[name].percentile is not None:
+            told[name]["percentile"] = found[name].percentile
+    return told
 
 
 def layer_report(record: LayerRecord, noise: CacheNoise) -> dict[str, Any]:
