@@ -134,3 +134,6 @@ def test_another_models_layers_are_told_apart_in_every_dtype():
     mixed[2] = {"block": prints[1, torch.float32][2]}
     with pytest.raises(ValueError, match=r"^here: layer 2 is of another model"):
         check_fingerprints({"layers": mixed}, blocks[0, torch.float32], "here")
+    for layers in ([], mixed[:2]):
+        with pytest.raises(ValueError, match=rf"^here: layer {len(layers)} is of another model"):
+            check_fingerprints({"layers": layers}, blocks[0, torch.float32], "here")

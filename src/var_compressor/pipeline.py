@@ -186,7 +186,7 @@ class InfinityPipeline:
 
         Raises: ValueError naming the layer whose parameters cannot be, or are another model's.
         """
-        check_fingerprints(kv, self.transformer.blocks, str(path))
+        check_fingerprints(kv, self.transformer.blocks, str(path))  # type: ignore[arg-type]
         tensors, format = read_tensors(path, str(self.device)), CacheFormat.of(kv, f"{path}: ")
         self.kv_params = params_from_tensors(tensors, format, self.transformer.config, str(path))
 

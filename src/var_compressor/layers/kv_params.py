@@ -5,9 +5,10 @@ Shapes: H heads, D head_dim, S the most levels that a schedule has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from hashlib import sha256
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -182,10 +183,11 @@ def _checked(tensor: Tensor | None, name: str, config: InfinityConfig, where: st
     return tensor
 
 
-def check_fingerprints(kv: Mapping[str, Any], blocks: Any, where: str) -> None:
+def check_fingerprints(kv: Mapping[str, Any], blocks: Iterable[Block], where: str) -> None:
     """Raises: ValueError naming the first layer that the parameters were not found on."""
-    for index, (layer, block) in enumerate(zip(kv.get("layers", ()), blocks, strict=False)):
-        if layer.get("block") != fingerprint(block):
+    found = [layer.get("block") for layer in kv.get("layers", ())]
+    for index, (block, known) in enumerate(zip_longest(blocks, found)):
+        if block is None or known != fingerprint(block):
             raise ValueError(
                 f"{where}: layer {index} is of another model than the one that the ranges were "
                 f"found on; {AGAIN} on this one"
