@@ -89,12 +89,12 @@ def test_samples_weights_and_masses_are_those_of_real_generations(generations, t
             q, k, v = (whole(recording, layer, part).double() for part in (1, 2, 3))
             tokens = plan.tokens[i]
             assert len(tokens) == sum(sizes) and tokens.max() < schedule.num_cached_tokens
-            square, mass = torch.zeros(k.shape[:3]).double(), torch.zeros(2, 2, 7).double()
+            read, mass = torch.zeros(k.shape[:3]).double(), torch.zeros(2, 2, 7).double()
             for level in schedule.levels[1:]:
                 positions = level.offset + plan.queries[level.index]
                 probs = (q[:, :, positions] @ k[:, :, : level.end].mT).softmax(-1)
                 past = probs[..., : level.offset]
-                square[..., : level.offset] += past.square().mean(2)
+                read[..., : level.offset] += past.mean(2)
                 for other in schedule.levels[: level.index]:
                     part = past[..., other.offset : other.end]
                     mass[..., other.index] += part.sum(-1).mean(2) / 6
@@ -106,7 +106,7 @@ def test_samples_weights_and_masses_are_those_of_real_generations(generations, t
             )
             k_parts += [k[row][:, tokens] for row in range(2)]
             v_parts += [v[row][:, tokens] for row in range(2)]
-            weights += [(square * stands_for)[row][:, tokens] for row in range(2)]
+            weights += [(read * stands_for)[row][:, tokens] for row in range(2)]
             masses.append(mass.mean(0))
         for got, parts in (
             (record.k_HTD, k_parts),

@@ -37,10 +37,9 @@ class LayerRecord:
     """One layer's sample.
 
     ``k_HTD``, ``v_HTD`` float32: as many tokens of each cached level as its size allows, of all
-    recordings and rows. ``weight_HT``: the mean square of the probability that later queries read
-    the token with, times the tokens it stands for: how much its error counts. ``mass_HS``: the
-    probability that queries of later levels give to level s, averaged over all levels but the
-    first.
+    recordings and rows. ``weight_HT``: the probability that queries of later levels give to the
+    token, times the tokens it stands for: how much its error counts. ``mass_HS``: what they give to
+    level s, averaged over all levels but the first.
     """
 
     k_HTD: Tensor
@@ -103,9 +102,7 @@ class LayerRecorder:
         self.queries.append(q_RHND)
         if level.index > 0:
             probs_RHNL = (q_RHND @ self.k_RHLD[:, :, : level.end].mT).softmax(-1)
-            past_RHNL = probs_RHNL[..., : level.offset]
-            self.square_RHL[..., : level.offset] += past_RHNL.square().mean(2)
-            self.mass_RHL[..., : level.offset] += past_RHNL.mean(2)
+            self.mass_RHL[..., : level.offset] += probs_RHNL[..., : level.offset].mean(2)
         if level.is_last:
             self._finish()
 
@@ -127,13 +124,13 @@ class LayerRecorder:
         self.k_RHLD, self.v_RHLD = (
             torch.empty(shape, dtype=torch.float32, device=k_RHND.device) for _ in range(2)
         )
-        self.square_RHL, self.mass_RHL = (self.k_RHLD.new_zeros(shape[:3]) for _ in range(2))
+        self.mass_RHL = self.k_RHLD.new_zeros(shape[:3])
         self.queries: list[Tensor] = []
 
     def _finish(self) -> None:
         schedule = self.plan.schedule
         tokens_T = self.plan.tokens[len(self.parts["k"])]
-        weight_RHT = (self.square_RHL * self.plan.stands_for_L)[:, :, tokens_T]
+        weight_RHT = (self.mass_RHL * self.plan.stands_for_L)[:, :, tokens_T]
         self.parts["k"].append(_rows_joined(self.k_RHLD[:, :, tokens_T]))
         self.parts["v"].append(_rows_joined(self.v_RHLD[:, :, tokens_T]))
         self.parts["weight"].append(_rows_joined(weight_RHT))
