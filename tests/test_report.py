@@ -298,7 +298,7 @@ def finished(monkeypatch):
     """Runs the command with a compressor that only leaves a report behind."""
 
     def run(out: Path, report: dict, *words: str):
-        def quantize(recipe, out, *, on_progress):
+        def quantize(recipe, out, *, on_progress, memory, team):
             out.mkdir()
             (out / "report.json").write_text(json.dumps(report))
             (out / "timing.json").write_text(json.dumps(make_timing(len(report["blocks"]))))

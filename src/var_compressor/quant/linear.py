@@ -21,10 +21,15 @@ from var_compressor.ops.primitives import (
     round_trip,
 )
 from var_compressor.quant.gptq import RoundingOptions, gptq, hessian, rtn
-from var_compressor.quant.lowrank import refit_branch, split_low_rank, truncate
+from var_compressor.quant.lowrank import LowRankSplit, refit_branch, split_low_rank, truncate
 from var_compressor.quant.objectives import Objective
 from var_compressor.quant.report import LinearReport, warnings_for
-from var_compressor.quant.smooth import compressed_output, search_smoothing, smooth_candidates
+from var_compressor.quant.smooth import (
+    SmoothSearch,
+    compressed_output,
+    search_smoothing,
+    smooth_candidates,
+)
 from var_compressor.spec import LinearSpec
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -67,68 +72,72 @@ def quantize_linear(
     The searches judge by ``objective``; the report's signal-to-noise ratios are of the linear's own
     output.
     """
-    weight_NK, shift, rank = linear.weight.float(), spec.shift, spec.low_rank.rank
-    round_weight, round_act = partial(nearest, spec=spec), partial(act_round_trip, spec=spec)
-    candidates = smooth_candidates(spec.smooth.num_grids) if spec.smooth.enabled else [(0.0, 0.0)]
-    smoothing = search_smoothing(
-        weight_NK,
-        objective,
-        inputs.absmax(shift),
-        candidates=candidates,
-        rank=rank,
-        quantize_weight=round_weight,
-        quantize_act=round_act,
-        shift=shift,
-        generator=generator,
-    )
-    factors_1K = smoothing.factors_K.unsqueeze(0)
-    smoothed_NK = weight_NK * factors_1K
-    judge = _Judge(objective, factors_1K, spec)
+    smoothing = _search_factors(linear, spec, inputs, objective, generator)
+    smoothed_NK = linear.weight.float() * smoothing.factors_K
+    judge = _Judge(objective, smoothing.factors_K.unsqueeze(0), spec)
     split = split_low_rank(
         smoothed_NK,
-        rank=rank,
-        quantize_residual=round_weight,
+        rank=spec.low_rank.rank,
+        quantize_residual=partial(nearest, spec=spec),
         evaluate_error=judge.error,
         max_iters=spec.low_rank.max_iters,
         patience=spec.low_rank.patience,
         generator=generator,
     )
-    x_hat_TK = (inputs.x_TK.float() + shift) / factors_1K
+    x_hat_TK = (inputs.x_TK.float() + spec.shift) / smoothing.factors_K
     # the codes absorb what rounding the branch to bf16 left over
     branch = _in_bf16(split.up_NR, split.down_RK)
     residual_NK = smoothed_NK - branch[0] @ branch[1]
-    codes = rounded(residual_NK, round_act(x_hat_TK), spec=spec)
-    if rank:
+    codes = rounded(residual_NK, act_round_trip(x_hat_TK, spec=spec), spec=spec)
+    if spec.low_rank.rank:
         branch = _better_branch(judge, codes.dequantize(), smoothed_NK, x_hat_TK, branch, generator)
-
-    up_NR, down_RK = (factor.bfloat16() for factor in branch)
     quantized = QuantizedLinear.of(
         spec,
         codes,
         smooth_factor_K=smoothing.factors_K,
-        down_RK=down_RK,
-        up_NR=up_NR,
+        down_RK=branch[1].bfloat16(),
+        up_NR=branch[0].bfloat16(),
         bias_N=linear.bias,
     )
-    one_shot = truncate(smoothed_NK, rank=rank, start_KP=None, generator=generator)
-    refined = (split.up_NR, split.down_RK)
-    measure = _Measure(linear, inputs.x_TK, spec)
-    nothing = (weight_NK.new_zeros(len(weight_NK), 0), weight_NK.new_zeros(0, weight_NK.shape[1]))
-    snr_db = {
-        "nearest": measure.snr_db(torch.ones_like(factors_1K), nothing, round_weight(weight_NK)),
-        "smoothed": measure.snr_db(factors_1K, nothing, round_weight(smoothed_NK)),
-        "branch": measure.snr_db(
-            factors_1K,
-            (one_shot.up_NR, one_shot.down_RK),
-            round_weight(smoothed_NK - one_shot.up_NR @ one_shot.down_RK),
-        ),
-        "refined": measure.snr_db(factors_1K, refined, round_weight(split.residual_NK)),
-        "final": measure.snr_db(factors_1K, branch, codes.dequantize()),
-    }
+    measure = _Measure(linear, inputs.x_TK, smoothing.factors_K, spec)
+    snr = measure.steps(split, generator) | {"final": measure.snr_db(branch, codes.dequantize())}
+    report = _report(name, snr, objective, smoothing, split, inputs)
+    return quantized, replace(report, warnings=warnings_for(report, spec))
+
+
+def _search_factors(
+    linear: nn.Linear,
+    spec: LinearSpec,
+    inputs: LinearInputs,
+    objective: Objective,
+    generator: torch.Generator,
+) -> SmoothSearch:
+    num_grids = spec.smooth.num_grids
+    return search_smoothing(
+        linear.weight,
+        objective,
+        inputs.absmax(spec.shift),
+        candidates=smooth_candidates(num_grids) if spec.smooth.enabled else [(0.0, 0.0)],
+        rank=spec.low_rank.rank,
+        quantize_weight=partial(nearest, spec=spec),
+        quantize_act=partial(act_round_trip, spec=spec),
+        shift=spec.shift,
+        generator=generator,
+    )
+
+
+def _report(
+    name: str,
+    snr: dict[str, float],
+    objective: Objective,
+    smoothing: SmoothSearch,
+    split: LowRankSplit,
+    inputs: LinearInputs,
+) -> LinearReport:
     absmax_K = inputs.absmax(0.0)
-    report = LinearReport(
+    return LinearReport(
         name=name,
-        snr_db=snr_db,
+        snr_db=snr,
         objective=objective.name,
         alpha=smoothing.alpha,
         beta=smoothing.beta,
@@ -137,7 +146,6 @@ def quantize_linear(
         low_rank_best=split.best_iter,
         outlier_ratio=float(absmax_K.max() / absmax_K.median().clamp_min(1e-12)),
     )
-    return quantized, replace(report, warnings=warnings_for(report, spec))
 
 
 class _Judge:
@@ -184,13 +192,36 @@ def _in_bf16(up_NR: Tensor, down_RK: Tensor) -> tuple[Tensor, Tensor]:
 class _Measure:
     """Signal-to-noise ratio of the linear's own output, at several stages of its compression."""
 
-    def __init__(self, linear: nn.Linear, x_TK: Tensor, spec: LinearSpec) -> None:
-        self.x_TK, self.spec = x_TK.float(), spec
-        self.wanted_TN = self.x_TK @ linear.weight.float().T
+    def __init__(
+        self, linear: nn.Linear, x_TK: Tensor, factors_K: Tensor, spec: LinearSpec
+    ) -> None:
+        self.weight_NK, self.x_TK = linear.weight.float(), x_TK.float()
+        self.factors_K, self.spec = factors_K, spec
+        self.wanted_TN = self.x_TK @ self.weight_NK.T
+
+    def steps(self, split: LowRankSplit, generator: torch.Generator) -> dict[str, float]:
+        """Plain rounding; with smoothing; with a branch; with the refined one."""
+        spec, smoothed_NK = self.spec, self.weight_NK * self.factors_K
+        one_shot = truncate(
+            smoothed_NK, rank=spec.low_rank.rank, start_KP=None, generator=generator
+        )
+        up_NR, down_RK = one_shot.up_NR, one_shot.down_RK
+        none = (up_NR[:, :0], down_RK[:0])
+        return {
+            "nearest": self.snr_db(none, nearest(self.weight_NK, spec=spec), smooth=False),
+            "smoothed": self.snr_db(none, nearest(smoothed_NK, spec=spec)),
+            "branch": self.snr_db(
+                (up_NR, down_RK), nearest(smoothed_NK - up_NR @ down_RK, spec=spec)
+            ),
+            "refined": self.snr_db(
+                (split.up_NR, split.down_RK), nearest(split.residual_NK, spec=spec)
+            ),
+        }
 
     def snr_db(
-        self, factors_1K: Tensor, branch: tuple[Tensor, Tensor], qresidual_NK: Tensor
+        self, branch: tuple[Tensor, Tensor], qresidual_NK: Tensor, *, smooth: bool = True
     ) -> float:
+        factors_1K = (self.factors_K if smooth else torch.ones_like(self.factors_K)).unsqueeze(0)
         up_NR, down_RK = branch
         y_1TN = compressed_output(
             ((self.x_TK + self.spec.shift) / factors_1K).unsqueeze(0),
