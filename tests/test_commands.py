@@ -158,6 +158,10 @@ def kv_bytes_of(model_dir, **options):
         # 6 heads of 2 x 2 x 265 x 32 values: 203,520 bytes in 8 bits
         (("--kv-budget", "203520"), ["6 heads in 8 bits; "]),
         (("--kv-budget", "160KiB"), [" heads in 8 bits, ", " heads in 4 bits; "]),
+        (
+            ("--kv-budget", "170KiB", "quant.kv.dynamic=true"),
+            [" heads in 8 bits, ", " heads in 4 bits; "],
+        ),
         (("--kv-budget", "60KiB"), ["6 heads in 4 bits, ", "drop levels"]),
     ],
 )

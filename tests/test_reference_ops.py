@@ -239,6 +239,43 @@ def test_attention_over_codes_equals_attention_over_dequantized_values(rng, shap
     torch.testing.assert_close(o, wanted, rtol=1e-10, atol=1e-10)
 
 
+def random_codes(kind, shape, rng):
+    """Codes as they are stored, and as numbers."""
+    if kind == "fp8":
+        codes = (100 * torch.randn(shape, generator=rng)).to(torch.float8_e4m3fn)
+        return codes, codes.double()
+    half = 8 if kind == "int4" else 128
+    codes = torch.randint(-half, half, shape, generator=rng).to(torch.int8)
+    return (pack_int4(codes) if kind == "int4" else codes), codes.double()
+
+
+@pytest.mark.parametrize("own_parameters_per_row", [False, True])
+def test_attention_over_codes_of_every_kind_equals_dequantizing_in_float64(
+    rng, own_parameters_per_row
+):
+    """One part of each kind, one after the other; every channel is far from 0."""
+    B, H, Q, D = 3, 2, 5, 8
+    q, k_now, v_now = (torch.randn(B, H, Q, D, generator=rng, dtype=torch.float64) for _ in "qkv")
+    cached, k_parts, v_parts = [], [k_now], [v_now]
+    rows = B if own_parameters_per_row else 1
+    for kind, length in (("int8", 7), ("int4", 4), ("fp8", 1), ("int4", 0)):
+        stored = {}
+        for name, parts in (("k", k_parts), ("v", v_parts)):
+            codes, numbers = random_codes(kind, (B, H, length, D), rng)
+            scale, offset = (
+                torch.rand(rows, H, 1, D, generator=rng, dtype=torch.float64) for _ in range(2)
+            )
+            scale, offset = (scale + 0.5) / (8 if kind == "int4" else 128), 3 + offset
+            parts.append(numbers * scale + offset)
+            named = zip(("codes", "scale", "offset"), (codes, scale, offset), strict=True)
+            stored |= {f"{name}_{what}": tensor for what, tensor in named}
+        cached.append(reference.CodedTokens(**stored))
+    k, v = torch.cat(k_parts, dim=2), torch.cat(v_parts, dim=2)
+    wanted = (q @ k.mT).softmax(-1) @ v
+    o = reference.attend_codes(q, cached, k_now, v_now)
+    torch.testing.assert_close(o, wanted, rtol=1e-10, atol=1e-10)
+
+
 def test_attention_does_not_depend_on_how_queries_are_chunked(rng, monkeypatch):
     B, H, Q, L, D = 2, 2, 9, 11, 4
     tensors = [torch.randn(B, H, Q, D, generator=rng) for _ in range(3)]
