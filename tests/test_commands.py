@@ -189,6 +189,22 @@ def test_a_full_precision_model_gets_a_cache_of_its_own(varc, model_dir, tmp_pat
     assert first == again
 
 
+def test_an_artifact_gets_the_cache_of_a_budget(varc, artifact_dir, tmp_path):
+    out = tmp_path / "artifact"
+    shutil.copytree(artifact_dir, out)
+    words = (*RECIPES, *QUICK, "collect.cfg=2", "--kv-budget", "160KiB")
+    code, printed, err = varc("calibrate-kv", *words, "--artifact", out)
+    assert code == 0 and f"wrote {out}/kv_cache.safetensors" in printed, err
+    assert "MIXED KV cache" in varc("inspect", out)[1]
+    pipeline = InfinityPipeline.from_pretrained(out, dtype=torch.float32)
+    run = pipeline.generate(["a red cat"], seed=0, sampling=Sampling(cfg=2.0))
+    kv = read_manifest(out).kv
+    assert run.kv_bytes == kv["bytes_per_image"] <= 160 * 2**10
+    bits = [tuple(layer["nbits"]) for layer in kv["layers"]]
+    assert bits == [layer.nbits for layer in pipeline.kv_params.layers]
+    assert {4, 8} == {nbits for layer in bits for nbits in layer}
+
+
 def test_kv_files_that_cannot_be_are_one_line(varc, model_dir, artifact_dir, tmp_path):
     out = tmp_path / "kv"
     source = (*RECIPES, *QUICK, f"model.path={model_dir}")

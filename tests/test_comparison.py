@@ -29,6 +29,7 @@ from var_compressor.evaluation.scenes import sample_scenes, truths
 from var_compressor.evaluation.scores import caption_accuracy, frechet_distance, score_caption
 from var_compressor.models.sampling import Sampling
 from var_compressor.pipeline import InfinityPipeline
+from var_compressor.spec import KVSpec, QuantSpec
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SAMPLING = Sampling(cfg=2.0, tau=0.3, top_k=0, top_p=0.97)
@@ -269,3 +270,50 @@ def test_every_variant_is_a_recipe_of_its_own(variants):
     formats = {name: (one.weight.format, one.act.format) for name, one in recipes.items()}
     assert formats["w4a8"] == ("sint4", "sint8") and formats["w4a16"] == ("sint4", None)
     assert formats["int8"] == ("sint8", "sint8") and formats["nvfp4"] == ("nvfp4", "nvfp4")
+
+
+# --- benchmarks/kv_caches.py ----------------------------------------------------------------------
+
+
+WEIGHTS = {"full": "full precision", "w4a4": "SVDQuant W4A4"}
+
+
+def test_caches_are_measured_once_and_differ(variants, monkeypatch, tmp_path, capsys):
+    import kv_caches
+
+    specs = [cache.spec for name, cache in kv_caches.CACHES.items() if name != kv_caches.PLAIN]
+    assert len(set(specs)) == len(specs)
+    for spec in specs:
+        replace(QuantSpec(), kv=spec).validate()
+    asked = []
+
+    def measure(name, spec, reference, base, exam):
+        asked.append((name, spec))
+        return {
+            **dict.fromkeys(("agreement", "likeness", "attention_kept", "output_snr_db")),
+            **{"bytes_per_image": 2048, "marks": row(name)["marks"], "calibrate_seconds": 2.0},
+        }
+
+    monkeypatch.setattr(kv_caches, "measure", measure)
+    for name in ("new_exam", "examine", "open_weights"):
+        monkeypatch.setattr(kv_caches, name, lambda *args, **options: None)
+
+    def run(*words):
+        asked.clear()
+        argv = ["kv_caches", "--out", str(tmp_path), "--device", "cpu", *words]
+        monkeypatch.setattr(sys, "argv", argv)
+        kv_caches.main()
+        rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+        return [name for name, _ in asked], [(one["weights"], one["cache"]) for one in rows]
+
+    both = [(title, cache) for title in WEIGHTS.values() for cache in ("32-bit", "int8")]
+    assert run("--caches", "int8") == (
+        [f"{w} {c}" for w in WEIGHTS for c in ("32-bit", "int8")],
+        both,
+    )
+    assert run("--caches", "int8") == ([], both)
+    measured, rows = run("--caches", "int4", "int8", "--weights", "w4a4")
+    assert measured == ["w4a4 int4"] and rows[-1] == ("SVDQuant W4A4", "int8")
+    assert asked[0][1] == KVSpec("int4")
+    assert len(run("--caches", "int8", "--seed", "7")[0]) == 4
+    assert "| INT8 | 2 | – | – |" in capsys.readouterr().out
