@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,22 +282,27 @@ WEIGHTS = {"full": "full precision", "w4a4": "SVDQuant W4A4"}
 def test_caches_are_measured_once_and_differ(variants, monkeypatch, tmp_path, capsys):
     import kv_caches
 
-    specs = [cache.spec for name, cache in kv_caches.CACHES.items() if name != kv_caches.PLAIN]
-    assert len(set(specs)) == len(specs)
+    specs = [cache.spec for cache in kv_caches.CACHES.values() if cache.spec is not None]
+    assert len(set(specs)) == len(specs) == len(kv_caches.CACHES) - 2
     for spec in specs:
         replace(QuantSpec(), kv=spec).validate()
     asked = []
 
-    def measure(name, spec, reference, base, exam):
+    def with_cache(name, spec, pipeline, base):
         asked.append((name, spec))
-        return {
-            **dict.fromkeys(("agreement", "likeness", "attention_kept", "output_snr_db")),
-            **{"bytes_per_image": 2048, "marks": row(name)["marks"], "calibrate_seconds": 2.0},
-        }
+        told = ("attention_kept", "output_snr_db", "calibrate_seconds")
+        return None, dict.fromkeys(told)
 
+    def measure(name, *args):
+        absent = dict.fromkeys(("agreement", "agreement_with_full", "likeness"))
+        return {**absent, "bytes_per_image": 2048, "marks": row(name)["marks"]}
+
+    monkeypatch.setattr(kv_caches, "with_cache", with_cache)
     monkeypatch.setattr(kv_caches, "measure", measure)
-    for name in ("new_exam", "examine", "open_weights"):
-        monkeypatch.setattr(kv_caches, name, lambda *args, **options: None)
+    for name in ("new_exam", "examine", "open_weights", "open_pipeline"):
+        monkeypatch.setattr(
+            kv_caches, name, lambda *args, **options: SimpleNamespace(pipeline=None)
+        )
 
     def run(*words):
         asked.clear()
@@ -306,14 +312,12 @@ def test_caches_are_measured_once_and_differ(variants, monkeypatch, tmp_path, ca
         rows = json.loads((tmp_path / "results.json").read_text())["rows"]
         return [name for name, _ in asked], [(one["weights"], one["cache"]) for one in rows]
 
-    both = [(title, cache) for title in WEIGHTS.values() for cache in ("32-bit", "int8")]
-    assert run("--caches", "int8") == (
-        [f"{w} {c}" for w in WEIGHTS for c in ("32-bit", "int8")],
-        both,
-    )
+    plain = ["32-bit", "32-bit-noise"]
+    both = [(title, cache) for title in WEIGHTS.values() for cache in (*plain, "int8")]
+    assert run("--caches", "int8") == (2 * [*plain, "int8"], both)
     assert run("--caches", "int8") == ([], both)
     measured, rows = run("--caches", "int4", "int8", "--weights", "w4a4")
-    assert measured == ["w4a4 int4"] and rows[-1] == ("SVDQuant W4A4", "int8")
+    assert measured == ["int4"] and rows[-1] == ("SVDQuant W4A4", "int8")
     assert asked[0][1] == KVSpec("int4")
-    assert len(run("--caches", "int8", "--seed", "7")[0]) == 4
+    assert len(run("--caches", "int8", "--seed", "7")[0]) == 6
     assert "| INT8 | 2 | – | – |" in capsys.readouterr().out
