@@ -43,7 +43,13 @@ from variants import (
 from var_compressor.artifact import is_artifact, write_json
 from var_compressor.compress import collection_of, open_pipeline, quantize
 from var_compressor.evaluation.agreement import BitAgreement
-from var_compressor.evaluation.comparison import Exam, Examined, compare, examine
+from var_compressor.evaluation.comparison import (
+    Exam,
+    Examined,
+    compare,
+    examine,
+    forced_agreement,
+)
 from var_compressor.pipeline import InfinityPipeline
 from var_compressor.quant.kv_calibration import calibrate_kv
 from var_compressor.recipe import Recipe, load_recipe
@@ -105,6 +111,7 @@ def main() -> None:
     base = load_recipe([MODEL, COLLECT, "recipes/svdquant/int4.yaml"], overrides)
     settings, rows = settings_of(args), []
     exam: Exam | None = None
+    truth: Examined | None = None
     for weights in args.weights:
         caches = {name: CACHES[name] for name in (PLAIN, *args.caches)}
         paths = {
@@ -114,7 +121,13 @@ def main() -> None:
         if not all(path.is_file() for path in paths.values()):
             exam = exam or new_exam(base, settings, batch=args.batch)
             pipeline = open_weights(weights, base, args.out)
-            measure_missing(weights, pipeline, caches, paths, base, exam)
+            reference = examine(pipeline, exam, on_progress=progress(f"{weights} {PLAIN}"))
+            truth = truth or (
+                reference
+                if weights == "full"
+                else examine(open_pipeline(base.model), exam, on_progress=progress("full"))
+            )
+            measure_missing(weights, reference, truth, caches, paths, base, exam)
         rows += [json.loads(path.read_text()) for path in paths.values()]
     write_json(args.out / "results.json", {"settings": settings, "batch": args.batch, "rows": rows})
     print("\n\n".join(tables(rows)))
@@ -169,34 +182,37 @@ def open_weights(weights: str, base: Recipe, out: Path) -> InfinityPipeline:
 
 def measure_missing(
     weights: str,
-    pipeline: InfinityPipeline,
+    reference: Examined,
+    truth: Examined,
     caches: Mapping[str, Cache],
     paths: Mapping[str, Path],
     base: Recipe,
     exam: Exam,
 ) -> None:
-    reference = examine(pipeline, exam, on_progress=progress(f"{weights} {PLAIN}"))
+    """``truth`` is full precision with the 32-bit cache, whatever the weights."""
     for name, cache in caches.items():
         if paths[name].is_file():
             continue
         row = {"title": cache.title, "weights": WEIGHTS[weights], "cache": name}
         row |= {"machine": machine(), "commit": commit()}
-        measured = measure(f"{weights} {name}", cache.spec, reference, base, exam)
-        write_json(paths[name], row | measured)
+        measured, pipeline = measure(f"{weights} {name}", cache.spec, reference, base, exam)
+        agreement = forced_agreement(truth, pipeline, exam, on_progress=progress(name))
+        write_json(paths[name], row | measured | {"truth_agreement": asdict(agreement)})
 
 
 def measure(
     name: str, spec: KVSpec | None, reference: Examined, base: Recipe, exam: Exam
-) -> dict[str, Any]:
-    """All that a row says; None where it does not apply."""
+) -> tuple[dict[str, Any], InfinityPipeline]:
+    """What a row says, None where it does not apply; and the model with that cache."""
     if spec is None:
         absent = ("likeness", "agreement", "output_snr_db", "attention_kept", "calibrate_seconds")
-        return {
+        row = {
             **dict.fromkeys(absent),
             "spec": None,
             "bytes_per_image": bytes_per_image(reference.pipeline),
             "marks": asdict(reference.marks),
         }
+        return row, reference.pipeline
     began = perf_counter()
     found = calibrate_kv(
         reference.pipeline, collection_of(base.collect), spec, on_progress=progress(name)
@@ -206,7 +222,7 @@ def measure(
     pipeline = copy.copy(reference.pipeline)
     pipeline.kv_params = found.params
     layers = found.kv["layers"]
-    return {
+    row = {
         "spec": asdict(spec),
         "bytes_per_image": bytes_per_image(pipeline),
         "output_snr_db": sum(layer["output_snr_db"] for layer in layers) / len(layers),
@@ -214,6 +230,7 @@ def measure(
         "calibrate_seconds": seconds,
         **asdict(compare(reference, pipeline, exam, on_progress=progress(name))),
     }
+    return row, pipeline
 
 
 def bytes_per_image(pipeline: InfinityPipeline) -> int:
@@ -236,7 +253,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
 
 LIKENESS = (
     *("KiB per image", "attention kept, %", "output SNR, dB", "bits equal, %"),
-    *("KL, millinats per bit", "PSNR, dB", "SSIM"),
+    *("KL, millinats per bit", "PSNR, dB", "SSIM", "bits equal to full precision, %"),
 )
 
 
@@ -253,6 +270,7 @@ def likeness_cells(row: Row) -> list[str]:
         ABSENT if found is None else f"{1000 * found.mean_kl_nats:.3f}",
         estimate_cell(likeness, "psnr_db", digits=2),
         estimate_cell(likeness, "ssim", digits=3),
+        f"{100 * BitAgreement(**row['truth_agreement']).mean_same_bit:.2f}",
     ]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tiny import random_text, tiny_pipeline
-from var_compressor.evaluation.agreement import bit_agreement, pooled
+from var_compressor.evaluation.agreement import BitAgreement, bit_agreement, pooled
 from var_compressor.evaluation.captions import captions
 from var_compressor.evaluation.comparison import (
     Exam,
@@ -289,12 +289,18 @@ def test_caches_are_measured_once_and_differ(variants, monkeypatch, tmp_path, ca
 
     def measure(name, spec, reference, base, exam):
         asked.append((name, spec))
-        return {
+        found = {
             **dict.fromkeys(("agreement", "likeness", "attention_kept", "output_snr_db")),
             **{"bytes_per_image": 2048, "marks": row(name)["marks"], "calibrate_seconds": 2.0},
         }
+        return found, None
+
+    def forced_agreement(truth, pipeline, exam, *, on_progress):
+        return BitAgreement((0.5, 0.75), (0.1, 0.1), (4, 4))
 
     monkeypatch.setattr(kv_caches, "measure", measure)
+    monkeypatch.setattr(kv_caches, "forced_agreement", forced_agreement)
+    monkeypatch.setattr(kv_caches, "open_pipeline", lambda *args: None)
     for name in ("new_exam", "examine", "open_weights"):
         monkeypatch.setattr(kv_caches, name, lambda *args, **options: None)
 
