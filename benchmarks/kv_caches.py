@@ -10,10 +10,9 @@ cache's bits, and what the reader sees in its images. Bytes are those allocated 
 guidance. Rows that stand finished in --out are not measured again; the W4A4 weights are made once.
 Progress goes to stderr, Markdown tables to stdout, all numbers to OUT/results.json.
 
-A row and a column say what the numbers can mean. The row is the 32-bit cache whose outputs are
-off by one part in a million: inputs rounded to 4 bits on the fly turn any difference into another
-rounding of the same size, so that no cache agrees better with W4A4 than this. The column is the
-agreement with full precision, on the bits that full precision drew.
+One row more is the 32-bit cache with outputs off by one part in a million. Inputs rounded to 4 bits
+on the fly turn any difference into other codes here and there: no cache of W4A4 weights can be
+expected to agree with the 32-bit one much better than this row does.
 
 Brackets are 95 % intervals by bootstrap over the images, as in variants.py.
 """
@@ -113,7 +112,7 @@ CACHES = {
 
 
 class NoisyCache(PlainCache):
-    """The plain cache, with outputs off by what another order of sums may do; repeatable."""
+    """The plain cache with outputs off by about what another order of sums does; repeatable."""
 
     def attend_level(self, layer: int, level: Level, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         generator = torch.Generator(q.device).manual_seed(100 * layer + level.index)
@@ -122,6 +121,8 @@ class NoisyCache(PlainCache):
 
 
 class NoisyPipeline(InfinityPipeline):
+    """A pipeline whose cache is noisy."""
+
     def new_cache(self, schedule: Schedule, *, rows: int) -> NoisyCache:
         model = self.transformer
         return NoisyCache(
@@ -138,7 +139,7 @@ def main() -> None:
     base = load_recipe([MODEL, COLLECT, "recipes/svdquant/int4.yaml"], overrides)
     settings, rows = settings_of(args), []
     exam: Exam | None = None
-    full: Examined | None = None
+    truth: Examined | None = None
     for weights in args.weights:
         caches = {name: CACHES[name] for name in (PLAIN, FLOOR, *args.caches)}
         paths = {
@@ -147,12 +148,14 @@ def main() -> None:
         }
         if not all(path.is_file() for path in paths.values()):
             exam = exam or new_exam(base, settings, batch=args.batch)
-            full = full or examine(open_pipeline(base.model), exam, on_progress=progress("full"))
-            reference = full
-            if weights != "full":
-                pipeline = open_weights(weights, base, args.out)
-                reference = examine(pipeline, exam, on_progress=progress(weights))
-            measure_missing(weights, reference, full, caches, paths, base, exam)
+            pipeline = open_weights(weights, base, args.out)
+            reference = examine(pipeline, exam, on_progress=progress(f"{weights} {PLAIN}"))
+            truth = truth or (
+                reference
+                if weights == "full"
+                else examine(open_pipeline(base.model), exam, on_progress=progress("full"))
+            )
+            measure_missing(weights, reference, truth, caches, paths, base, exam)
         rows += [json.loads(path.read_text()) for path in paths.values()]
     write_json(args.out / "results.json", {"settings": settings, "batch": args.batch, "rows": rows})
     print("\n\n".join(tables(rows)))
@@ -195,7 +198,9 @@ def row_path(
 
 
 def open_weights(weights: str, base: Recipe, out: Path) -> InfinityPipeline:
-    """The compressed model, made once and kept in --out by its recipe."""
+    """The model with these weights; compressed ones are kept in --out, by their recipe."""
+    if weights == "full":
+        return open_pipeline(base.model)
     text = json.dumps(base.to_dict(), sort_keys=True)
     artifact = out / "artifacts" / f"{weights}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     if not is_artifact(artifact):
@@ -206,55 +211,69 @@ def open_weights(weights: str, base: Recipe, out: Path) -> InfinityPipeline:
 def measure_missing(
     weights: str,
     reference: Examined,
-    full: Examined,
+    truth: Examined,
     caches: Mapping[str, Cache],
     paths: Mapping[str, Path],
     base: Recipe,
     exam: Exam,
 ) -> None:
+    """``truth`` is full precision with the 32-bit cache, whatever the weights."""
     for name, cache in caches.items():
         if paths[name].is_file():
             continue
         row = {"title": cache.title, "weights": WEIGHTS[weights], "cache": name}
         row |= {"machine": machine(), "commit": commit()}
-        pipeline, told = with_cache(name, cache.spec, reference.pipeline, base)
-        measured = measure(f"{weights} {name}", pipeline, reference, full, exam)
-        write_json(paths[name], row | told | measured)
+        if name == FLOOR:
+            measured, pipeline = measure_floor(f"{weights} {name}", reference, exam)
+        else:
+            measured, pipeline = measure(f"{weights} {name}", cache.spec, reference, base, exam)
+        agreement = forced_agreement(truth, pipeline, exam, on_progress=progress(name))
+        write_json(paths[name], row | measured | {"truth_agreement": asdict(agreement)})
 
 
-def with_cache(
-    name: str, spec: KVSpec | None, pipeline: InfinityPipeline, base: Recipe
-) -> tuple[InfinityPipeline, dict[str, Any]]:
-    """The same weights with another cache, and what its calibration tells."""
-    told = {"spec": None, "output_snr_db": None, "attention_kept": None, "calibrate_seconds": None}
-    if name == PLAIN:
-        return pipeline, told
-    if spec is None:
-        return NoisyPipeline(pipeline.transformer, pipeline.vae, pipeline.text_encoder), told
-    began = perf_counter()
-    found = calibrate_kv(pipeline, collection_of(base.collect), spec, on_progress=progress(name))
-    seconds, layers = perf_counter() - began, found.kv["layers"]
-    pipeline = copy.copy(pipeline)
-    pipeline.kv_params = found.params
-    return pipeline, {
-        "spec": asdict(spec),
-        "output_snr_db": sum(layer["output_snr_db"] for layer in layers) / len(layers),
-        "attention_kept": sum(layer["attention_kept"] for layer in layers) / len(layers),
-        "calibrate_seconds": seconds,
-    }
+UNCALIBRATED = ("spec", "output_snr_db", "attention_kept", "calibrate_seconds")
+
+
+def measure_floor(
+    name: str, reference: Examined, exam: Exam
+) -> tuple[dict[str, Any], InfinityPipeline]:
+    """``measure`` of the noisy 32-bit cache."""
+    own = reference.pipeline
+    pipeline = NoisyPipeline(own.transformer, own.vae, own.text_encoder)
+    found = compare(reference, pipeline, exam, on_progress=progress(name))
+    told = {"bytes_per_image": bytes_per_image(pipeline)}
+    return dict.fromkeys(UNCALIBRATED) | told | asdict(found), pipeline
 
 
 def measure(
-    name: str, pipeline: InfinityPipeline, reference: Examined, full: Examined, exam: Exam
-) -> dict[str, Any]:
-    """All that a row says; None where it does not apply."""
-    row = {"bytes_per_image": bytes_per_image(pipeline), "agreement_with_full": None}
-    if reference is not full:
-        agreement = forced_agreement(full, pipeline, exam, on_progress=progress(name))
-        row["agreement_with_full"] = asdict(agreement)
-    if pipeline is reference.pipeline:
-        return row | {"likeness": None, "agreement": None, "marks": asdict(reference.marks)}
-    return row | asdict(compare(reference, pipeline, exam, on_progress=progress(name)))
+    name: str, spec: KVSpec | None, reference: Examined, base: Recipe, exam: Exam
+) -> tuple[dict[str, Any], InfinityPipeline]:
+    """What a row says, None where it does not apply; and the model with that cache."""
+    if spec is None:
+        row = {
+            **dict.fromkeys(("likeness", "agreement", *UNCALIBRATED)),
+            "bytes_per_image": bytes_per_image(reference.pipeline),
+            "marks": asdict(reference.marks),
+        }
+        return row, reference.pipeline
+    began = perf_counter()
+    found = calibrate_kv(
+        reference.pipeline, collection_of(base.collect), spec, on_progress=progress(name)
+    )
+    seconds = perf_counter() - began
+    # the same weights; only the cache is another
+    pipeline = copy.copy(reference.pipeline)
+    pipeline.kv_params = found.params
+    layers = found.kv["layers"]
+    row = {
+        "spec": asdict(spec),
+        "bytes_per_image": bytes_per_image(pipeline),
+        "output_snr_db": sum(layer["output_snr_db"] for layer in layers) / len(layers),
+        "attention_kept": sum(layer["attention_kept"] for layer in layers) / len(layers),
+        "calibrate_seconds": seconds,
+        **asdict(compare(reference, pipeline, exam, on_progress=progress(name))),
+    }
+    return row, pipeline
 
 
 def bytes_per_image(pipeline: InfinityPipeline) -> int:
@@ -277,16 +296,13 @@ def tables(rows: Sequence[Row]) -> list[str]:
 
 LIKENESS = (
     *("KiB per image", "attention kept, %", "output SNR, dB", "bits equal, %"),
-    *("KL, millinats per bit", "bits equal to full precision, %", "PSNR, dB", "SSIM"),
+    *("KL, millinats per bit", "PSNR, dB", "SSIM", "bits equal to full precision, %"),
 )
 
 
 def likeness_cells(row: Row) -> list[str]:
     agreement, likeness = row["agreement"], row["likeness"]
-    found, with_full = (
-        None if one is None else BitAgreement(**one)
-        for one in (agreement, row["agreement_with_full"])
-    )
+    found = None if agreement is None else BitAgreement(**agreement)
     kept, snr = row["attention_kept"], row["output_snr_db"]
     return [
         row["title"],
@@ -295,9 +311,9 @@ def likeness_cells(row: Row) -> list[str]:
         ABSENT if snr is None else f"{snr:.1f}",
         ABSENT if found is None else f"{100 * found.mean_same_bit:.2f}",
         ABSENT if found is None else f"{1000 * found.mean_kl_nats:.3f}",
-        ABSENT if with_full is None else f"{100 * with_full.mean_same_bit:.2f}",
         estimate_cell(likeness, "psnr_db", digits=2),
         estimate_cell(likeness, "ssim", digits=3),
+        f"{100 * BitAgreement(**row['truth_agreement']).mean_same_bit:.2f}",
     ]
 
 

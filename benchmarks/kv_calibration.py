@@ -14,10 +14,10 @@ import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +25,8 @@ import torch
 from quantize import GIB, NUM_PROMPTS, RandomText, machine
 
 from var_compressor import InfinityPipeline
+from var_compressor.models.config import MODELS
+from var_compressor.models.convert import WriteOptions, init_random
 from var_compressor.prompts import load_prompts, select_prompts
 from var_compressor.quant.activations import MemoryBounds, activation_store
 from var_compressor.quant.calibration import BlockStream, CalibrationTrace, Recording
@@ -46,8 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = args.checkpoint or Path(folder) / args.model
         if not checkpoint.exists():
-            command = ["init", args.model, "--out", str(checkpoint)]
-            subprocess.run([sys.executable, "-m", "var_compressor.cli", *command], check=True)
+            init_some_blocks(args.model, args.stop_after_blocks, checkpoint)
         result = measure(args, checkpoint, Path(folder))
     print(json.dumps(result, indent=1))
     if args.out is not None:
@@ -64,7 +65,7 @@ def measure(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict:
     plan = RecordPlan.of(
         trace, max_tokens_per_level=spec.max_tokens_per_level, seed=0, device=pipeline.device
     )
-    depth, times = pipeline.transformer.config.depth, []
+    depth, times = MODELS[args.model].transformer.depth, []
     with activation_store(pipeline.device, MemoryBounds(), folder) as store:
         began = time.perf_counter()
         stream = BlockStream.of_trace(pipeline, trace, store, range(NUM_PROMPTS))
@@ -101,6 +102,15 @@ def measure(args: argparse.Namespace, checkpoint: Path, folder: Path) -> dict:
         "gpu_peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "host_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     }
+
+
+def init_some_blocks(model: str, num_blocks: int, out: Path) -> None:
+    """A random checkpoint of the model with fewer blocks: no more of them are read."""
+    config = MODELS[model]
+    transformer = replace(config.transformer, depth=num_blocks, num_chunks=1)
+    options = WriteOptions(torch.bfloat16, overwrite=False, on_tensor=lambda name, size: None)
+    fewer = replace(config, transformer=transformer)
+    init_random(fewer, out, seed=0, with_vae=True, options=options)
 
 
 def random_trace(pipeline: InfinityPipeline) -> CalibrationTrace:

@@ -7,14 +7,13 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from tiny import random_text, tiny_pipeline
-from var_compressor.evaluation.agreement import bit_agreement, pooled
+from var_compressor.evaluation.agreement import BitAgreement, bit_agreement, pooled
 from var_compressor.evaluation.captions import captions
 from var_compressor.evaluation.comparison import (
     Exam,
@@ -288,21 +287,25 @@ def test_caches_are_measured_once_and_differ(variants, monkeypatch, tmp_path, ca
         replace(QuantSpec(), kv=spec).validate()
     asked = []
 
-    def with_cache(name, spec, pipeline, base):
+    def measure(name, spec, reference, base, exam):
         asked.append((name, spec))
-        told = ("attention_kept", "output_snr_db", "calibrate_seconds")
-        return None, dict.fromkeys(told)
+        found = {
+            **dict.fromkeys(("agreement", "likeness", "attention_kept", "output_snr_db")),
+            **{"bytes_per_image": 2048, "marks": row(name)["marks"], "calibrate_seconds": 2.0},
+        }
+        return found, None
 
-    def measure(name, *args):
-        absent = dict.fromkeys(("agreement", "agreement_with_full", "likeness"))
-        return {**absent, "bytes_per_image": 2048, "marks": row(name)["marks"]}
+    def forced_agreement(truth, pipeline, exam, *, on_progress):
+        return BitAgreement((0.5, 0.75), (0.1, 0.1), (4, 4))
 
-    monkeypatch.setattr(kv_caches, "with_cache", with_cache)
     monkeypatch.setattr(kv_caches, "measure", measure)
-    for name in ("new_exam", "examine", "open_weights", "open_pipeline"):
-        monkeypatch.setattr(
-            kv_caches, name, lambda *args, **options: SimpleNamespace(pipeline=None)
-        )
+    monkeypatch.setattr(
+        kv_caches, "measure_floor", lambda name, *_: measure(name, None, None, None, None)
+    )
+    monkeypatch.setattr(kv_caches, "forced_agreement", forced_agreement)
+    monkeypatch.setattr(kv_caches, "open_pipeline", lambda *args: None)
+    for name in ("new_exam", "examine", "open_weights"):
+        monkeypatch.setattr(kv_caches, name, lambda *args, **options: None)
 
     def run(*words):
         asked.clear()
@@ -312,12 +315,13 @@ def test_caches_are_measured_once_and_differ(variants, monkeypatch, tmp_path, ca
         rows = json.loads((tmp_path / "results.json").read_text())["rows"]
         return [name for name, _ in asked], [(one["weights"], one["cache"]) for one in rows]
 
-    plain = ["32-bit", "32-bit-noise"]
-    both = [(title, cache) for title in WEIGHTS.values() for cache in (*plain, "int8")]
-    assert run("--caches", "int8") == (2 * [*plain, "int8"], both)
+    plain = ("32-bit", "32-bit-noise", "int8")
+    both = [(title, cache) for title in WEIGHTS.values() for cache in plain]
+    names = [f"{weights} {cache}" for weights in WEIGHTS for cache in plain]
+    assert run("--caches", "int8") == (names, both)
     assert run("--caches", "int8") == ([], both)
     measured, rows = run("--caches", "int4", "int8", "--weights", "w4a4")
-    assert measured == ["int4"] and rows[-1] == ("SVDQuant W4A4", "int8")
+    assert measured == ["w4a4 int4"] and rows[-1] == ("SVDQuant W4A4", "int8")
     assert asked[0][1] == KVSpec("int4")
     assert len(run("--caches", "int8", "--seed", "7")[0]) == 6
     assert "| INT8 | 2 | – | – |" in capsys.readouterr().out
