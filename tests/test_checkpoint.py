@@ -328,7 +328,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path):
 
 def test_damaged_directories_are_named(tmp_path):
     source = tmp_path / "good"
-    init_random(CONFIG, source, seed=0, with_vae=True, options=FP32)
+    init_random(CONFIG, source, seed=0, with_vae=True, with_text_encoder=False, options=FP32)
 
     def broken(change) -> Path:
         target = tmp_path / "broken"
@@ -402,7 +402,8 @@ def test_random_models_are_alive(patchify):
 
 def test_init_is_deterministic_and_may_leave_out_the_vae(tmp_path):
     for name in ("a", "b"):
-        init_random(CONFIG, tmp_path / name, seed=3, with_vae=False, options=FP32)
+        parts = {"with_vae": False, "with_text_encoder": False}
+        init_random(CONFIG, tmp_path / name, seed=3, **parts, options=FP32)
     files = ["transformer/diffusion_pytorch_model.safetensors", MODEL_INDEX]
     for file in files:
         assert sha256_of(tmp_path / "a" / file) == sha256_of(tmp_path / "b" / file)
@@ -424,7 +425,8 @@ def on_tensor(name, num_bytes):
         os.kill(os.getpid(), signal.SIGKILL)
 
 options = WriteOptions(torch.float32, max_shard_bytes=20_000, on_tensor=on_tensor)
-init_random(tiny_config(), sys.argv[1], seed=0, with_vae=True, options=options)
+parts = {"with_vae": True, "with_text_encoder": False}
+init_random(tiny_config(), sys.argv[1], seed=0, **parts, options=options)
 """
 
 
@@ -436,7 +438,7 @@ def test_a_killed_init_leaves_no_model_and_the_next_one_works(tmp_path):
     assert not out.exists()
     assert list(tmp_path.rglob("*.safetensors")), "it was killed before the first shard"
     assert not list(tmp_path.rglob(MODEL_INDEX))
-    init_random(CONFIG, out, seed=0, with_vae=True, options=FP32)
+    init_random(CONFIG, out, seed=0, with_vae=True, with_text_encoder=False, options=FP32)
     InfinityPipeline.from_pretrained(out, dtype=torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

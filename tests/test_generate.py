@@ -214,7 +214,9 @@ def test_noise_and_argmax_are_torch_multinomial():
     logits = 2 * torch.randn(3, 35, 8, 2, generator=torch.Generator().manual_seed(1))
     sampling = Sampling(top_p=0.97)
     seeds = [3, 3, 99]
-    bits = sample_bits(logits, draw_noise(seeded_generators(seeds, 3), level, 8), sampling)
+    bits = sample_bits(
+        logits, draw_noise(seeded_generators(seeds, 3), level, 8, logits.device), sampling
+    )
     for i, rng in enumerate(seeded_generators(seeds, 3)):
         probabilities = sampling.allowed(logits[i]).softmax(-1).view(-1, 2)
         expected = torch.multinomial(probabilities, 1, replacement=True, generator=rng)

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from var_compressor import __version__
-from var_compressor.terminal import byte_progress, print_plan, print_run, print_table, progress
+from var_compressor.terminal import (
+    byte_progress,
+    print_bench,
+    print_memory_plan,
+    print_plan,
+    print_run,
+    print_table,
+    progress,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 FAILED = 2
 MAX_SEED = 2**63 - 1
+BENCH_PROMPT = "a large red metal cube on a wooden floor."
 
 app = typer.Typer(
     name="varc",
@@ -90,7 +99,7 @@ def convert(
     from var_compressor.models.convert import convert_official, model_config, num_bytes
 
     config = model_config(model)
-    total = num_bytes(config, _torch_dtype(dtype), with_vae=True)
+    total = num_bytes(config, _torch_dtype(dtype), with_vae=True, with_text_encoder=False)
     with byte_progress("converting", total) as on_tensor:
         convert_official(
             config,
@@ -112,6 +121,10 @@ def init(
     out: _Out,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
     vae: Annotated[bool, typer.Option(help="Write a VAE too.")] = True,
+    text_encoder: Annotated[
+        bool,
+        typer.Option("--text-encoder", help="Write a random T5 too, with Infinity-Tiny's words."),
+    ] = False,
     dtype: _Dtype = StoredDtype.bf16,
     overwrite: _Overwrite = False,
 ) -> None:
@@ -122,10 +135,11 @@ def init(
     from var_compressor.models.convert import init_random, model_config, num_bytes
 
     config = model_config(model)
-    total = num_bytes(config, _torch_dtype(dtype), with_vae=vae)
+    parts = {"with_vae": vae, "with_text_encoder": text_encoder}
+    total = num_bytes(config, _torch_dtype(dtype), **parts)
     with byte_progress("writing", total) as on_tensor:
         options = _write_options(dtype, overwrite, on_tensor)
-        init_random(config, out, seed=seed, with_vae=vae, options=options)
+        init_random(config, out, seed=seed, **parts, options=options)
     typer.echo(f"wrote {out}")
 
 
@@ -280,6 +294,58 @@ def calibrate_kv(
         typer.echo(f"wrote {path}")
 
 
+class Compute(str, Enum):
+    """How compressed linears are multiplied."""
+
+    auto = "auto"
+    w4a4 = "w4a4"
+    w4a8 = "w4a8"
+    w4a16 = "w4a16"
+    bf16 = "bf16"
+
+
+_Compute = Annotated[
+    Compute, typer.Option(help="How 4-bit linears are multiplied; auto: what is fastest here.")
+]
+_LowMemory = Annotated[
+    bool, typer.Option("--low-memory", help="Take the least memory, at some cost of time.")
+]
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[
+        str, typer.Option(help="infinity-2b, infinity-8b, …, a model directory, or an artifact.")
+    ],
+    budget: Annotated[str, typer.Option(help="Memory of the device, e.g. 8GiB.")],
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    aspect_ratio: Annotated[float, typer.Option(help="Height / width; nearest is taken.")] = 1.0,
+    pixel_budget: Annotated[str | None, typer.Option(help="0.06M, 0.25M, 0.60M or 1M.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of the longest prompt.")] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Choose weights, cache, text encoder and steps that fit a device, and predict their peak.
+
+    Example: varc plan --model infinity-8b --budget 8GiB
+    """
+    from var_compressor.footprint import Request
+    from var_compressor.models.schedule import Schedule
+    from var_compressor.planning import model_shape, plan_memory
+    from var_compressor.quant.activations import parse_bytes
+
+    shape, budget_bytes = model_shape(model), parse_bytes(budget)
+    schedule = Schedule.of(aspect_ratio, pixel_budget or shape.transformer.pixel_budget)
+    prompt_tokens = min(prompt_tokens, shape.transformer.text_maxlen)
+    request = Request(schedule, batch, prompt_tokens)
+    planned = plan_memory(shape, request, budget_bytes=budget_bytes)
+    print_memory_plan(planned, as_json=as_json)
+    if planned.missing_bytes:
+        raise ValueError(
+            f"{model} does not fit {budget}: the smallest setup lacks {planned.missing_bytes} "
+            "bytes; give a larger budget, a smaller batch or a smaller pixel budget"
+        )
+
+
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Argument(help="One or more prompts.")],
@@ -309,9 +375,14 @@ def generate(
             "--release-text-encoder/--keep-text-encoder", help="Free its memory before drawing."
         ),
     ] = False,
+    text_encoder_bits: Annotated[
+        int, typer.Option(help="Of its weights: 16, 8 or 4; fewer take less memory.")
+    ] = 16,
     strip_rows: Annotated[
         int | None, typer.Option(min=1, help="Decode in strips of so many rows, to save memory.")
     ] = None,
+    compute: _Compute = Compute.auto,
+    low_memory: _LowMemory = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
 ) -> None:
@@ -336,7 +407,11 @@ def generate(
         dtype=choose_dtype(dtype, chosen),
         device=chosen,
         text_encoder_cache=prompt_cache,
+        text_encoder_bits=text_encoder_bits,
+        compute=compute.value,
     )
+    if low_memory:
+        pipeline.save_memory()
     if kv is not None:
         use_cache(pipeline, kv)
     num_levels = len(pipeline.schedule_for(aspect_ratio, pixel_budget).levels)
@@ -361,9 +436,70 @@ def generate(
         "negative": negative,
     }
     shared |= {"aspect_ratio": aspect_ratio, "pixel_budget": pixel_budget}
+    shared |= {"text_encoder_bits": text_encoder_bits}
     for i, (image, path) in enumerate(zip(generation.pil, paths, strict=True)):
         write_png(image, path, {"prompt": prompt[i], "seed": seed + i, **shared})
         typer.echo(f"wrote {path}")
+
+
+class Baseline(str, Enum):
+    """What a model is compared with."""
+
+    bf16 = "bf16"
+    none = "none"
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Argument(help="As `generate --model`; a preset name with --shapes-only.")
+    ],
+    kv: Annotated[
+        str | None,
+        typer.Option(help="As `generate --kv`; int8 or int4 with --shapes-only."),
+    ] = None,
+    compute: _Compute = Compute.auto,
+    low_memory: _LowMemory = False,
+    baseline: Annotated[
+        Baseline, typer.Option(help="bf16: the model at full precision, in turns (A B A B …).")
+    ] = Baseline.bf16,
+    prompt: Annotated[str, typer.Option(help="Drawn in every run.")] = BENCH_PROMPT,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the first image.")] = 0,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each model.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Images per run.")] = 1,
+    aspect_ratio: Annotated[float, typer.Option(help="Height / width; nearest is taken.")] = 1.0,
+    pixel_budget: Annotated[str | None, typer.Option(help="0.06M, 0.25M, 0.60M or 1M.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path, typer.Option("--out", help="Directory of the results.")] = Path(
+        "out/bench"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    shapes_only: Annotated[
+        bool, typer.Option("--shapes-only", help="Random weights of a preset, without files.")
+    ] = False,
+) -> None:
+    """Time a model by stage and kind, measure its memory, and compare it with full precision.
+
+    Example: varc bench out/tiny-w4a4 --runs 10 --out out/bench-tiny
+    """
+    from var_compressor.bench import sources
+    from var_compressor.bench.session import Settings, benchmark
+    from var_compressor.compress import choose_device, choose_dtype
+    from var_compressor.interop.kv_quant_calib import use_cache
+    from var_compressor.models.schedule import Schedule
+
+    chosen = choose_device(device)
+    dtype = choose_dtype("auto", chosen)
+    Schedule.of(aspect_ratio, pixel_budget or "1M")
+    choice = sources.Choice(
+        model, kv, compute.value, low_memory, baseline is Baseline.bf16, chosen, dtype
+    )
+    found = sources.random(choice, seed=seed) if shapes_only else sources.saved(choice, use_cache)
+    out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(prompt, batch, seed, runs, aspect_ratio, pixel_budget)
+    with progress() as on_progress:
+        result = benchmark(found, settings, device=chosen, dtype=dtype, on_progress=on_progress)
+    print_bench(result, out, as_json=as_json)
 
 
 @app.command()

@@ -88,7 +88,11 @@ def open_pipeline(source: ModelSource, *, stream_blocks: bool = False) -> Infini
             "names its own"
         )
     return InfinityPipeline.from_pretrained(
-        source.path or source.name, dtype=dtype, device=device, stream_blocks=stream_blocks
+        source.path or source.name,
+        dtype=dtype,
+        device=device,
+        stream_blocks=stream_blocks,
+        compute="reference",
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import platform
 from dataclasses import dataclass
@@ -67,20 +66,20 @@ class Report:
 
 @dataclass(frozen=True)
 class _Kernel:
-    """What a GPU path needs: our kernel module and a range of compute capabilities."""
+    """What a path of kernels needs: a compute capability, and where another path is faster."""
 
     path: str
-    module: str
     lowest: tuple[int, int]
     wants: str
     slow_from: tuple[int, int] | None = None
 
 
 _KERNELS = (
-    _Kernel("w4a4", "gemm_w4a4", (8, 0), "INT4 or INT8 tensor cores", slow_from=(9, 0)),
-    _Kernel("w4a8-int8", "gemm_w4a8_int8", (8, 0), "INT8 tensor cores"),
-    _Kernel("w4a8-fp8", "gemm_w4a8_fp8", (8, 9), "fp8 tensor cores"),
-    _Kernel("w4a16", "gemm_w4a16", (8, 0), "bf16 tensor cores"),
+    _Kernel("w4a4", (8, 0), "INT8 tensor cores", slow_from=(8, 9)),
+    _Kernel("w4a8-int8", (8, 0), "INT8 tensor cores", slow_from=(8, 9)),
+    _Kernel("w4a8-fp8", (8, 9), "fp8 tensor cores"),
+    _Kernel("w4a16", (8, 0), "bf16 tensor cores"),
+    _Kernel("bf16", (8, 0), "bf16 tensor cores"),
 )
 
 
@@ -101,7 +100,6 @@ def examine() -> Report:
             capability=capability,
             has_torch=torch_version is not None,
             has_triton=_version("triton") is not None,
-            kernels=frozenset(k.module for k in _KERNELS if _has_kernel(k.module)),
         ),
     )
 
@@ -111,17 +109,15 @@ def compute_paths(
     capability: tuple[int, int] | None,
     has_torch: bool,
     has_triton: bool,
-    kernels: frozenset[str],
 ) -> tuple[ComputePath, ...]:
     """Every compute path with the first thing that stops it, or why it runs.
 
-    `capability` is the first GPU's, None without one; `kernels` names the modules of
-    `var_compressor.ops` that this version has.
+    `capability` is the first GPU's, None without one.
     """
     reason = "plain torch, on any device" if has_torch else "torch is not installed"
     paths = [ComputePath("reference", has_torch, reason)]
     for kernel in _KERNELS:
-        obstacle = _obstacle(kernel, capability, has_triton=has_triton, kernels=kernels)
+        obstacle = _obstacle(kernel, capability, has_triton=has_triton)
         paths.append(
             ComputePath(kernel.path, obstacle is None, obstacle or _merit(kernel, capability))
         )
@@ -133,10 +129,7 @@ def _obstacle(
     capability: tuple[int, int] | None,
     *,
     has_triton: bool,
-    kernels: frozenset[str],
 ) -> str | None:
-    if kernel.module not in kernels:
-        return "this version has no kernel for it; the reference computes the same"
     if capability is None:
         return "no GPU that torch can use"
     if capability < kernel.lowest:
@@ -147,7 +140,7 @@ def _obstacle(
 def _merit(kernel: _Kernel, capability: tuple[int, int] | None) -> str:
     assert capability is not None
     if kernel.slow_from and capability >= kernel.slow_from:
-        return f"runs, but {_sm(capability)} has no native INT4: another path is faster"
+        return f"runs, but {_sm(capability)} has fp8 tensor cores: w4a8-fp8 is faster"
     return f"{_sm(capability)} has {kernel.wants}"
 
 
@@ -200,13 +193,6 @@ def _gpus() -> tuple[str | None, tuple[Device, ...]]:
         name, capability = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
         gpus.append(Device(f"cuda:{i}", name, total, free, capability))
     return torch.version.cuda, tuple(gpus)
-
-
-def _has_kernel(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(f"var_compressor.ops.{module}") is not None
-    except ImportError:
-        return False
 
 
 def _version(package: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ from var_compressor.artifact import (
     read_tensors,
     verify_files,
 )
+from var_compressor.layers.compute import Choice, Policy
+from var_compressor.layers.kernel_block import KernelBlock, kernels_run, linears_of, use_kernels
+from var_compressor.layers.kernel_linear import LowBitLinear
 from var_compressor.layers.kv_cache import CodedCache, LevelCache, PlainCache
 from var_compressor.layers.kv_params import (
     CacheFormat,
@@ -26,7 +29,9 @@ from var_compressor.layers.kv_params import (
     check_fingerprints,
     params_from_tensors,
 )
+from var_compressor.layers.level_graphs import LevelGraphs, padded
 from var_compressor.layers.linear import QuantizedLinear, load_compressed
+from var_compressor.layers.weight_only import WeightOnly, weight_only
 from var_compressor.models import directory
 from var_compressor.models.bits import Pyramid, teacher_inputs
 from var_compressor.models.checkpoint import load_official_transformer, load_official_vae
@@ -38,8 +43,18 @@ from var_compressor.models.schedule import Level, Schedule
 from var_compressor.models.streaming import StreamedBlocks, load_streamed
 from var_compressor.models.tensor_files import CheckpointError
 from var_compressor.models.text_encoder import TextEncoder
-from var_compressor.models.transformer import Infinity, TextContext, TextFeatures, combine
+from var_compressor.models.transformer import (
+    CrossAttention,
+    Guidance,
+    Infinity,
+    TextContext,
+    TextFeatures,
+    combine,
+)
 from var_compressor.models.vae import VAE
+
+# of a latent: two thirds of the memory of 256 rows, at 5 % more time
+SAVING_STRIP_ROWS = 64
 
 Text = Sequence[str] | TextFeatures
 OnLevel = Callable[[Level, Tensor], None]
@@ -97,6 +112,38 @@ class Generation:
         return [Image.fromarray(image.cpu().numpy()) for image in self.uint8_BYX3]
 
 
+class _Drawer:
+    """Logits of one image's levels, one after the other: the transformer with its cache."""
+
+    def __init__(
+        self,
+        pipeline: InfinityPipeline,
+        schedule: Schedule,
+        context: TextContext,
+        guidance: Guidance,
+        taus: tuple[float, ...],
+        key: object = None,
+    ) -> None:
+        self.pipeline, self.context, self.key = pipeline, context, key
+        self.guidance, self.taus = guidance, taus
+        self.kv = pipeline.kv_params
+        self.cache = pipeline.new_cache(schedule, rows=len(context.cond_RC))
+        self.rope_2LD = pipeline.transformer.rotary_table(schedule)
+        self.graphs: LevelGraphs | None = None
+
+    def logits(self, level: Level, x_RLC: Tensor) -> Tensor:
+        """``[B, L, Q, 2]`` after guidance and temperature; valid until the level is asked again."""
+        if self.graphs is not None:
+            return self.graphs(level, x_RLC)
+        return self.step(level, x_RLC, self.context)
+
+    def step(self, level: Level, x_RLC: Tensor, context: TextContext) -> Tensor:
+        transformer, guidance = self.pipeline.transformer, self.guidance
+        h_RLC = transformer(x_RLC, (level,), context, self.cache, self.rope_2LD, guidance)
+        cfg = guidance.scales[level.index] if 0 in guidance.layers else 1.0
+        return self.pipeline.guided_logits(h_RLC, context, cfg) / self.taus[level.index]
+
+
 class InfinityPipeline:
     """Text to image with an Infinity transformer, full precision or compressed."""
 
@@ -110,6 +157,8 @@ class InfinityPipeline:
         self.vae = vae
         self.text_encoder = text_encoder
         self.kv_params: CacheParams | None = None
+        self.saves_memory = False
+        self._drawer: _Drawer | None = None
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +167,54 @@ class InfinityPipeline:
     @property
     def is_compressed(self) -> bool:
         """Whether any linear is quantized."""
-        return any(isinstance(module, QuantizedLinear) for module in self.transformer.modules())
+        kinds = (QuantizedLinear, LowBitLinear)
+        return any(isinstance(module, kinds) for module in self.transformer.modules())
+
+    def use_kernels(self, compute: str) -> str | None:
+        """Let Triton kernels run the blocks from now on; ``compute`` is one of `compute.COMPUTE`.
+
+        Calibration needs the plain blocks. Returns why kernels cannot run here, and then leaves
+        everything as it is. Raises: ValueError for an unknown path.
+        """
+        policy = Policy(compute, (0, 0), 1, {})
+        obstacle = kernels_run(self.transformer)
+        if obstacle is None:
+            gpu = torch.cuda.get_device_properties(self.device)
+            policy = replace(
+                policy,
+                capability=(gpu.major, gpu.minor),
+                num_processors=gpu.multi_processor_count,
+            )
+            use_kernels(self.transformer, policy)
+        return obstacle
+
+    def save_memory(self) -> None:
+        """From now on take the least memory, at some cost of time.
+
+        No CUDA graphs, the KV cache is freed before decoding, which goes by strips; the weights of
+        cross-attention's keys and values are on the host while levels are drawn; the feed-forward
+        runs for one row at a time.
+        """
+        self.saves_memory = True
+        self.free_cache()
+        for block in self.transformer.blocks:
+            if isinstance(block, KernelBlock):
+                block.saves_memory = True
+
+    def compute_report(self, schedule: Schedule, *, rows: int) -> list[dict[str, Any]]:
+        """Which path multiplies each linear at each level, and why; empty without kernels."""
+        report: list[dict[str, Any]] = []
+        if not isinstance(self.transformer.blocks[0], KernelBlock):
+            return []
+        for level in schedule.levels:
+            for name, linear in linears_of(self.transformer).items():
+                M = rows * level.num_tokens
+                choice = Choice("bf16", "not compressed")
+                if isinstance(linear, LowBitLinear):
+                    choice = linear.choice(M)
+                shape = {"M": M, "N": linear.out_features, "K": linear.in_features}
+                report.append({"level": level.index, "linear": name, **shape, **vars(choice)})
+        return report
 
     @classmethod
     def from_pretrained(
@@ -128,23 +224,29 @@ class InfinityPipeline:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         text_encoder_cache: str | Path | None = None,
+        text_encoder_bits: int = 16,
         stream_blocks: bool = False,
+        compute: str = "auto",
     ) -> InfinityPipeline:
         """Open a model directory, an artifact, an embedded model ("infinity-tiny") or a hub id.
 
         The transformer's blocks, the VAE and the text encoder run in ``dtype``, everything else in
         float32. On a CPU, tensors stored in the dtype they run in stay mapped to their files; on a
         GPU they go there one by one. The text encoder is read when the first prompt needs it;
-        ``text_encoder_cache`` is a folder that keeps prompts' features. ``stream_blocks`` leaves
-        the blocks of a full-precision transformer in their files, to be read one at a time, and
-        the VAE on the CPU.
+        ``text_encoder_cache`` is a folder that keeps prompts' features, and ``text_encoder_bits`` 8
+        or 4 hold its linears in so many bits. ``stream_blocks`` leaves the blocks of a
+        full-precision transformer in their files, to be read one at a time, and the VAE on the
+        CPU. ``compute``: how blocks run where there are kernels (`layers.compute`); "reference"
+        keeps the plain ones, which calibration needs.
         Raises: CheckpointError or ArtifactError (ValueErrors) naming the file that is missing or
         does not fit.
         """
+        coded = weight_only(text_encoder_bits)
         if is_artifact(source) or is_unfinished(source):
-            return cls._from_artifact(
+            opened = cls._from_artifact(
                 Path(source), dtype=dtype, device=device, text_encoder_cache=text_encoder_cache
             )
+            return opened._made_ready(coded, compute)
         folder = directory.resolve(source)
         index = directory.read_index(folder)
         if not index.has_vae:
@@ -154,7 +256,16 @@ class InfinityPipeline:
             )
         load = load_streamed if stream_blocks else directory.load_transformer
         transformer = load(folder, dtype=dtype, device=device)
-        return cls._around(transformer, folder, dtype, device, text_encoder_cache)
+        opened = cls._around(transformer, folder, dtype, device, text_encoder_cache)
+        return opened._made_ready(coded, "reference" if stream_blocks else compute)
+
+    def _made_ready(self, coded: WeightOnly | None, compute: str) -> InfinityPipeline:
+        """Itself, before the text encoder is read, which will have linears of that kind."""
+        if self.text_encoder is not None:
+            self.text_encoder.coded = coded
+        if compute != "reference":
+            self.use_kernels(compute)
+        return self
 
     @classmethod
     def _from_artifact(
@@ -319,7 +430,7 @@ class InfinityPipeline:
             with_trace=with_trace,
             on_level=on_level,
         )
-        image = self.vae.decode(drawn.latent_BDYX, strip_rows=vae_strip_rows)
+        image = self.decode(drawn.latent_BDYX, strip_rows=vae_strip_rows)
         return Generation(image, drawn)
 
     @torch.inference_mode()
@@ -340,30 +451,73 @@ class InfinityPipeline:
         guidance = sampling.guidance(schedule, config.depth)
         taus, levels = sampling.temperatures(schedule), sampling.levels(schedule)
         generators = seeded_generators(seed, len(text.lens))
-        context = self.embed_text(text, negative, guided=guidance.is_on)
-        cache = self.new_cache(schedule, rows=len(context.cond_RC))
+        context = self.condition(text, negative, guided=guidance.is_on)
+        drawer, context = self._drawer_for(schedule, context, guidance, taus)
         pyramid = self.new_pyramid(schedule, batch=context.num_images)
-        rope = self.transformer.rotary_table(schedule)
         trace = Trace()
         x_RLC = self.transformer.start_token(context)
         for level in levels:
-            h_RLC = self.transformer(x_RLC, (level,), context, cache, rope, guidance)
-            cfg = guidance.scales[level.index] if 0 in guidance.layers else 1.0
-            logits_BLQ2 = self.guided_logits(h_RLC, context, cfg) / taus[level.index]
-            noise_BLQ2 = draw_noise(generators, level, config.bits_per_token)
+            logits_BLQ2 = drawer.logits(level, x_RLC)
+            noise_BLQ2 = draw_noise(generators, level, config.bits_per_token, self.device)
             bits_BLQ = sample_bits(logits_BLQ2, noise_BLQ2, sampling)
             if level.index < len(forced_bits):
                 bits_BLQ = forced_bits[level.index].to(bits_BLQ)
             pyramid.add(bits_BLQ, level)
             if with_trace:
-                trace.logits.append(logits_BLQ2)
+                trace.logits.append(logits_BLQ2.clone())
                 trace.bits.append(bits_BLQ)
             if on_level is not None:
                 on_level(level, pyramid.latent_BDYX)
             if level is not levels[-1]:
                 tokens_BLQ = pyramid.tokens_for(schedule.after(level))
                 x_RLC = self.transformer.embed_bits(tokens_BLQ, context)
-        return Drawn(pyramid.latent_BDYX, cache.num_bytes, trace)
+        return Drawn(pyramid.latent_BDYX, drawer.cache.num_bytes, trace)
+
+    def _drawer_for(
+        self,
+        schedule: Schedule,
+        context: TextContext,
+        guidance: Guidance,
+        taus: tuple[float, ...],
+    ) -> tuple[_Drawer, TextContext]:
+        """What makes logits of this text, and the text as it reads it.
+
+        Blocks of kernels keep theirs, with its cache and its graphs, for the next image alike.
+        """
+        has_kernels = isinstance(self.transformer.blocks[0], KernelBlock)
+        if self.saves_memory or not has_kernels:
+            context = self._read_text(context)
+            return _Drawer(self, schedule, context, guidance, taus), context
+        context = padded(context)
+        key = (schedule, tuple(context.text_RTC.shape), context.num_images, guidance, taus)
+        if self._drawer is None or self._drawer.key != key or self._drawer.kv is not self.kv_params:
+            self.free_cache()
+            self._drawer = _Drawer(self, schedule, context, guidance, taus, key)
+            self._drawer.graphs = LevelGraphs(self.transformer.with_cross_kv, self._drawer.step)
+        assert self._drawer.graphs is not None
+        return self._drawer, self._drawer.graphs.use(context)
+
+    def _read_text(self, context: TextContext) -> TextContext:
+        if not self.saves_memory or self.device.type == "cpu":
+            return self.transformer.with_cross_kv(context)
+        text_RTC = context.text_RTC.to(self.transformer.block_dtype)
+        cross_kv = []
+        for block in self.transformer.blocks:
+            cross: CrossAttention = block.cross_attn  # type: ignore[assignment]
+            cross.kv.to(self.device)
+            cross_kv.append(cross.keys_values(text_RTC))
+            cross.kv.to("cpu")
+        return replace(context, cross_kv=tuple(cross_kv))
+
+    def decode(self, latent_BDYX: Tensor, *, strip_rows: int | None) -> Tensor:
+        """The image ``[B, 3, Y, X]`` in [-1, 1]; None decodes at once, or saves memory if asked."""
+        if strip_rows is None and self.saves_memory:
+            strip_rows = SAVING_STRIP_ROWS
+        return self.vae.decode(latent_BDYX, strip_rows=strip_rows)
+
+    def free_cache(self) -> None:
+        """Give back the KV cache and the graphs that the next image would have used again."""
+        self._drawer = None
 
     def schedule_for(self, aspect_ratio: float, pixel_budget: str | None) -> Schedule:
         """The schedule nearest to ``aspect_ratio``; the model's own pixel budget for None."""

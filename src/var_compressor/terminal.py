@@ -24,7 +24,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from var_compressor.bench.session import Result
     from var_compressor.models.directory import OnTensor
+    from var_compressor.planning import MemoryPlan
     from var_compressor.quant.calibration import Progress as OnProgress
     from var_compressor.quant.plan import Plan
 
@@ -68,6 +70,18 @@ def print_plan(planned: Plan, *, as_json: bool, stderr: bool) -> None:
     print_table(COLUMNS, table_rows(planned), stderr=stderr)
 
 
+def print_memory_plan(planned: MemoryPlan, *, as_json: bool) -> None:
+    """A setup, and the bytes of its parts in each stage. As JSON: tables go to stderr."""
+    from var_compressor import planning
+
+    choice = planning.setup_rows(planned.setup)
+    print_table(("setup", planned.model), choice, stderr=as_json)
+    print_table(planning.COLUMNS, planning.table_rows(planned), stderr=as_json)
+    typer.echo(planning.verdict(planned), err=as_json)
+    if as_json:
+        typer.echo(json.dumps(planned.to_dict()))
+
+
 def print_run(out: Path, before_bytes: int, after_bytes: int, *, as_json: bool) -> None:
     """What a finished run did. As JSON: one object, and all the rest on stderr."""
     from var_compressor.quant import report as reports
@@ -97,6 +111,24 @@ def print_run(out: Path, before_bytes: int, after_bytes: int, *, as_json: bool) 
             "seconds": seconds,
         }
         typer.echo(json.dumps(found))
+
+
+def print_bench(result: Result, out: Path, *, as_json: bool) -> None:
+    """Write the results, show them, and end with one line of JSON; as JSON: that line alone."""
+    from var_compressor.artifact import write_json
+    from var_compressor.bench import report
+    from var_compressor.bench.picture import write_picture
+
+    results, picture = out / report.RESULTS_FILE, out / report.PICTURE_FILE
+    write_json(results, report.to_json(result))
+    is_drawn = write_picture(result, picture)
+    print_table(report.columns(result), report.table_rows(result), stderr=as_json)
+    lines = [*report.compute_lines(result), *(f"note: {note}" for note in result.notes)]
+    lines.append(f"wrote {results}" + (f" and {picture}" if is_drawn else ""))
+    if not is_drawn:
+        lines.append("no picture: pip install 'var-compressor[plots]'")
+    typer.echo("\n".join(lines), err=as_json)
+    typer.echo(json.dumps(report.summary(result, out)))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, stderr: bool) -> None:

@@ -109,28 +109,28 @@ class ModelConfig:
 
 
 _VAE_16_BITS = VAEConfig(code_dim=16)
-_FLAN_T5_XL = "google/flan-t5-xl"
+FLAN_T5_XL_ID = "google/flan-t5-xl"
 
 
 def _layer_model(depth: int, embed_dim: int, num_heads: int) -> ModelConfig:
     transformer = InfinityConfig(
         depth=depth, embed_dim=embed_dim, num_heads=num_heads, num_chunks=4, bits_per_token=16
     )
-    return ModelConfig(transformer, _VAE_16_BITS, _FLAN_T5_XL)
+    return ModelConfig(transformer, _VAE_16_BITS, FLAN_T5_XL_ID)
 
 
 MODELS: dict[str, ModelConfig] = {
     "infinity-2b": ModelConfig(
         InfinityConfig(depth=32, embed_dim=2048, num_heads=16, num_chunks=8, bits_per_token=32),
         VAEConfig(code_dim=32),
-        _FLAN_T5_XL,
+        FLAN_T5_XL_ID,
     ),
     "infinity-8b": ModelConfig(
         InfinityConfig(
             depth=40, embed_dim=3584, num_heads=28, num_chunks=8, bits_per_token=56, patchify=True
         ),
         VAEConfig(code_dim=14, stride=8, channel_mult=(1, 2, 4, 4)),
-        _FLAN_T5_XL,
+        FLAN_T5_XL_ID,
     ),
     "infinity-layer12": _layer_model(12, 768, 8),
     "infinity-layer16": _layer_model(16, 1152, 12),

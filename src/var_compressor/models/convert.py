@@ -19,14 +19,18 @@ from var_compressor.models.directory import (
     MAX_SHARD_BYTES,
     ModelIndex,
     OnTensor,
+    copy_tokenizer,
+    embedded_tokenizer,
     meta_transformer,
     meta_vae,
     new_directory,
+    text_encoder_shape,
     write_component,
     write_index,
+    write_model,
     write_text_encoder,
 )
-from var_compressor.models.random_init import random_tensors
+from var_compressor.models.random_init import random_t5_tensors, random_tensors
 
 
 @dataclass(frozen=True)
@@ -100,9 +104,18 @@ def convert_official(
 
 
 def init_random(
-    config: ModelConfig, out: str | Path, *, seed: int, with_vae: bool, options: WriteOptions
+    config: ModelConfig,
+    out: str | Path,
+    *,
+    seed: int,
+    with_vae: bool,
+    with_text_encoder: bool,
+    options: WriteOptions,
 ) -> None:
-    """A model directory of random weights; its text encoder is referred to, not made."""
+    """A model directory of random weights.
+
+    Its text encoder is random too, with the tokenizer of Infinity-Tiny, or only referred to.
+    """
     network = meta_transformer(config.transformer, options.dtype)
     with new_directory(out, overwrite=options.overwrite) as folder:
         write_component(
@@ -120,13 +133,36 @@ def init_random(
                 max_shard_bytes=options.max_shard_bytes,
                 on_tensor=options.on_tensor,
             )
+        if with_text_encoder:
+            _write_random_t5(folder, config, seed=seed, options=options)
         provenance = {"made_by": "init", "seed": seed}
-        write_index(folder, ModelIndex(with_vae, config.text_encoder, provenance))
+        reference = "" if with_text_encoder else config.text_encoder
+        write_index(folder, ModelIndex(with_vae, reference, provenance))
 
 
-def num_bytes(config: ModelConfig, dtype: torch.dtype, *, with_vae: bool) -> int:
+def _write_random_t5(
+    folder: Path, config: ModelConfig, *, seed: int, options: WriteOptions
+) -> None:
+    shape = text_encoder_shape(config.text_encoder)
+    write_model(
+        folder / "text_encoder",
+        shape.to_config(),
+        random_t5_tensors(shape, dtype=options.dtype, seed=seed),
+        stem="model",
+        max_shard_bytes=options.max_shard_bytes,
+        on_tensor=options.on_tensor,
+    )
+    copy_tokenizer(folder, embedded_tokenizer())
+
+
+def num_bytes(
+    config: ModelConfig, dtype: torch.dtype, *, with_vae: bool, with_text_encoder: bool
+) -> int:
     """Bytes of all tensors of a model directory."""
     tensors = list(meta_transformer(config.transformer, dtype).state_dict().values())
     if with_vae:
         tensors += meta_vae(config.vae, dtype).state_dict().values()
-    return sum(tensor.nbytes for tensor in tensors)
+    t5_bytes = 0
+    if with_text_encoder:
+        t5_bytes = text_encoder_shape(config.text_encoder).num_values * dtype.itemsize
+    return sum(tensor.nbytes for tensor in tensors) + t5_bytes

@@ -32,6 +32,7 @@ from torch import Tensor
 from var_compressor import __version__
 from var_compressor.models.checkpoint import load_own
 from var_compressor.models.config import (
+    FLAN_T5_XL_ID,
     MODELS,
     InfinityConfig,
     VAEConfig,
@@ -39,6 +40,7 @@ from var_compressor.models.config import (
     config_to_dict,
 )
 from var_compressor.models.tensor_files import CheckpointError
+from var_compressor.models.text_encoder import FLAN_T5_XL, T5Shape
 from var_compressor.models.transformer import Infinity
 from var_compressor.models.vae import VAE
 
@@ -231,6 +233,26 @@ def text_encoder_folders(directory: Path, index: ModelIndex) -> tuple[str, str] 
     return index.text_encoder, index.text_encoder
 
 
+def embedded_tokenizer() -> str:
+    """The folder of Infinity-Tiny's tokenizer, which any T5 can read."""
+    return str(_embedded_folder(EMBEDDED[0]) / "tokenizer")
+
+
+def text_encoder_shape(encoder: str) -> T5Shape:
+    """Of a T5 folder, of an embedded model's encoder, or of flan-t5-xl; no weight is read.
+
+    Raises: CheckpointError for an encoder that is not here, or not a T5.
+    """
+    if encoder == FLAN_T5_XL_ID:
+        return FLAN_T5_XL
+    folder = _embedded_folder(encoder) / "text_encoder" if encoder in EMBEDDED else Path(encoder)
+    path = folder / "config.json"
+    try:
+        return T5Shape.of_config(read_json(path), str(path))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def read_transformer_config(folder: Path) -> InfinityConfig:
     path = folder / "config.json"
     try:
@@ -368,9 +390,29 @@ def write_component(
 
     Holds no more tensors at a time than one shard has.
     """
-    folder.mkdir()
     class_name = "Infinity" if isinstance(config, InfinityConfig) else "VAE"
-    _write_json(folder / "config.json", {"_class_name": class_name, **config_to_dict(config)})
+    write_model(
+        folder,
+        {"_class_name": class_name, **config_to_dict(config)},
+        tensors,
+        stem=WEIGHTS,
+        max_shard_bytes=max_shard_bytes,
+        on_tensor=on_tensor,
+    )
+
+
+def write_model(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    stem: str,
+    max_shard_bytes: int,
+    on_tensor: OnTensor | None,
+) -> None:
+    """`write_component` of any config, into files whose names begin with ``stem``."""
+    folder.mkdir()
+    _write_json(folder / "config.json", config)
     shards: list[Path] = []
     weight_shards: dict[str, int] = {}
     total_bytes = 0
@@ -384,14 +426,14 @@ def write_component(
         # before the next shard is gathered
         del shard
     if len(shards) == 1:
-        shards[0].rename(folder / f"{WEIGHTS}.safetensors")
+        shards[0].rename(folder / f"{stem}.safetensors")
         return
-    names = [f"{WEIGHTS}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for path, name in zip(shards, names, strict=True):
         path.rename(folder / name)
     weight_map = {tensor: names[shard - 1] for tensor, shard in weight_shards.items()}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(folder / f"{WEIGHTS}.safetensors.index.json", index)
+    _write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 def _shards(
@@ -428,6 +470,11 @@ def write_text_encoder(directory: Path, encoder_dir: str, tokenizer_dir: str) ->
     if not weights or not config.is_file():
         raise CheckpointError(f"{source}: no local T5 folder (config.json and weights) to copy")
     _copy_files(directory / "text_encoder", [config, *weights])
+    copy_tokenizer(directory, tokenizer_dir)
+
+
+def copy_tokenizer(directory: Path, tokenizer_dir: str) -> None:
+    """Raises: CheckpointError when there is none."""
     tokenizer = [Path(tokenizer_dir) / name for name in _TOKENIZER_FILES]
     present = [path for path in tokenizer if path.is_file()]
     if not present:

@@ -101,13 +101,22 @@ def seeded_generators(seed: int | Sequence[int], batch: int) -> list[torch.Gener
     return [torch.Generator().manual_seed(int(one)) for one in seeds]
 
 
-def draw_noise(generators: Sequence[torch.Generator], level: Level, num_bits: int) -> Tensor:
-    """Exp(1) variates of one level, float32 ``[B, L, Q, 2]`` on the CPU."""
-    shape = (level.num_tokens, num_bits, 2)
-    return torch.stack([torch.empty(shape).exponential_(generator=rng) for rng in generators])
+def draw_noise(
+    generators: Sequence[torch.Generator], level: Level, num_bits: int, device: torch.device
+) -> Tensor:
+    """Exp(1) variates of one level, float32 ``[B, L, Q, 2]``: drawn on the CPU, for ``device``.
+
+    The host draws while a GPU still computes: nothing here waits for it.
+    """
+    shape = (len(generators), level.num_tokens, num_bits, 2)
+    on_gpu = device.type == "cuda"
+    noise_BLQ2 = torch.empty(shape, pin_memory=on_gpu)
+    for one_LQ2, rng in zip(noise_BLQ2, generators, strict=True):
+        one_LQ2.exponential_(generator=rng)
+    return noise_BLQ2.to(device, non_blocking=on_gpu)
 
 
 def sample_bits(logits_BLQ2: Tensor, noise_BLQ2: Tensor, sampling: Sampling) -> Tensor:
     """One draw per bit by the exponential race: uint8 ``[B, L, Q]``."""
     probabilities = sampling.allowed(logits_BLQ2).softmax(-1)
-    return (probabilities / noise_BLQ2.to(probabilities.device)).argmax(-1).to(torch.uint8)
+    return (probabilities / noise_BLQ2).argmax(-1).to(torch.uint8)

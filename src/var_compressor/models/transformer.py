@@ -134,6 +134,21 @@ def rotate(x_RHLD: Tensor, rope_2LD: Tensor) -> Tensor:
     return torch.stack(turned, dim=-1).flatten(-2)
 
 
+def split_heads(
+    qkv_RLN: Tensor, q_scale_H: Tensor, rope_2LD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v ``[R, H, L, D]`` of a qkv projection's output: q and k normalised and rotated.
+
+    q_scale_H: float32, the factor of each head's unit queries.
+    """
+    qkv = qkv_RLN.unflatten(-1, (3, len(q_scale_H), -1))
+    q_RHLD, k_RHLD, v_RHLD = qkv.permute(2, 0, 3, 1, 4)
+    q_unit, k_unit = (F.normalize(x.float(), dim=-1) for x in (q_RHLD, k_RHLD))
+    q_RHLD = rotate(q_unit * q_scale_H[:, None, None], rope_2LD)
+    dtype = v_RHLD.dtype
+    return q_RHLD.to(dtype), rotate(k_unit, rope_2LD).to(dtype), v_RHLD
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -182,13 +197,8 @@ class SelfAttention(nn.Module):
 
     def heads(self, qkv_RLN: Tensor, rope_2LD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v ``[R, H, L, D]`` of the projection's output: q and k normalised and rotated."""
-        qkv = qkv_RLN.unflatten(-1, (3, self.num_heads, -1))
-        q_RHLD, k_RHLD, v_RHLD = qkv.permute(2, 0, 3, 1, 4)
         q_scale = self.q_log_scale.float().clamp(max=MAX_LOG_SCALE).exp()
-        q_RHLD = rotate(F.normalize(q_RHLD.float(), dim=-1) * q_scale, rope_2LD)
-        k_RHLD = rotate(F.normalize(k_RHLD.float(), dim=-1), rope_2LD)
-        dtype = v_RHLD.dtype
-        return q_RHLD.to(dtype), k_RHLD.to(dtype), v_RHLD
+        return split_heads(qkv_RLN, q_scale.flatten(), rope_2LD)
 
 
 class CrossAttention(nn.Module):

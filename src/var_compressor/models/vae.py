@@ -3,9 +3,10 @@
 Shapes: ``[B, channels, Y, X]``. Image values lie in [-1, 1], RGB.
 GroupNorm and swish run in float32, convolutions in the dtype of their weights.
 
-Decoding in strips: with ``strip_rows`` the decoder holds two full activations of the current
-resolution and works through every convolution in strips of that many output rows. Group-norm
-statistics are still taken over the whole activation, so strips change nothing but rounding.
+Decoding in strips: with ``strip_rows`` the decoder takes one image at a time, holds its input and
+output activations of the current resolution, and works through every convolution in strips of that
+many output rows. Group-norm statistics are still taken over the whole activation, so strips change
+nothing but rounding.
 
 Source: the FLUX-style VAE published with Infinity (arXiv 2412.04431).
 """
@@ -100,12 +101,22 @@ class ResBlock(nn.Module):
         ):
             h[:, :, top:bottom] = rows
         if self.shortcut is not None:
-            x = self.shortcut(x)
+            x = _narrowed(x, self.shortcut, strip_rows)
         for top, bottom, rows in conv_in_strips(
             h, self.conv2, strip_rows, self.norm2, upsample=False
         ):
             x[:, :, top:bottom] += rows
         return x
+
+
+def _narrowed(x: Tensor, conv: nn.Conv2d, strip_rows: int) -> Tensor:
+    """``conv`` of 1x1, in the memory of ``x`` where the result has no more channels."""
+    channels = conv.out_channels
+    fits = channels <= conv.in_channels
+    out = x[:, :channels] if fits else x.new_empty(len(x), channels, *x.shape[2:])
+    for top, bottom in row_strips(x.shape[2], strip_rows):
+        out[:, :, top:bottom] = F.conv2d(x[:, :, top:bottom], conv.weight, conv.bias)
+    return out
 
 
 class Downsample(nn.Module):
@@ -239,5 +250,6 @@ class VAE(nn.Module):
         if strip_rows is None:
             image = self.decoder(latent)
         else:
-            image = self.decoder.in_strips(latent, strip_rows)
+            images = [self.decoder.in_strips(one, strip_rows) for one in latent.split(1)]
+            image = torch.cat(images)
         return image.float().clamp(-1, 1)

@@ -67,6 +67,22 @@ def unpack_int4(packed_NJ: Tensor) -> Tensor:
     return torch.stack(((bytes_NJ << 4) >> 4, bytes_NJ >> 4), dim=-1).flatten(-2)
 
 
+def to_tile_order(packed_NJ: Tensor, *, group_size: int) -> Tensor:
+    """The nibbles of every group rearranged for kernels: byte j holds channels j and j + E/2.
+
+    packed_NJ: uint8 [N, J] of `pack_int4`; E = group_size, even. Undone by `from_tile_order`.
+    """
+    codes_NGE = unpack_nibbles(packed_NJ).unflatten(-1, (-1, group_size))
+    lower, upper = codes_NGE.chunk(2, dim=-1)
+    return (lower | (upper << 4)).flatten(-2)
+
+
+def from_tile_order(tiled_NJ: Tensor, *, group_size: int) -> Tensor:
+    """Exact inverse of `to_tile_order`."""
+    bytes_NGH = tiled_NJ.unflatten(-1, (-1, group_size // 2))
+    return join_nibbles(torch.cat([bytes_NGH & 0xF, bytes_NGH >> 4], dim=-1).flatten(-2))
+
+
 def _check_codes(codes_NK: Tensor, *, dtype: torch.dtype, lowest: int, highest: int) -> None:
     if codes_NK.dtype != dtype:
         raise ValueError(f"expected {dtype} codes to pack, got {codes_NK.dtype}")

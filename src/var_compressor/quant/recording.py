@@ -158,7 +158,7 @@ class _Drawing:
         self.tokens_BLQ: Tensor | None = None
 
     def draw(self, logits_BLQ2: Tensor, level: Level, sampling: Sampling) -> None:
-        noise_BLQ2 = draw_noise(self.generators, level, self.num_bits)
+        noise_BLQ2 = draw_noise(self.generators, level, self.num_bits, logits_BLQ2.device)
         bits_BLQ = sample_bits(logits_BLQ2, noise_BLQ2, sampling)
         self.bits.append(bits_BLQ.cpu())
         self.pyramid.add(bits_BLQ, level)
