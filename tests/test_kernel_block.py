@@ -145,3 +145,9 @@ def test_the_policy_is_deterministic_and_says_why():
         assert Policy(asked, AMPERE, 8, {}).choose(9, 8, 8).path == asked
     with pytest.raises(ValueError, match="'fast'"):
         Policy("fast", AMPERE, 8, {})
+
+
+def test_blocks_of_kernels_are_saved_under_the_same_names(full):
+    assert with_kernels(full, "auto", HOPPER).transformer.state_dict().keys() == (
+        full.transformer.state_dict().keys()
+    )

@@ -179,6 +179,9 @@ def setup_rows(setup: Setup) -> list[tuple[str, str]]:
         options += ["--release-text-encoder"] if setup.releases_text else []
     if setup.strip_rows is not None:
         options.append(f"--strip-rows {setup.strip_rows}")
+    if setup.chunk_tokens is not None:
+        # runs the feed-forward for one row at a time
+        options.append("--low-memory")
     chunks, strips = setup.chunk_tokens, setup.strip_rows
     rows = [
         ("weights", setup.weights),

@@ -45,9 +45,13 @@ class KernelBlock(nn.Module):
         self.self_attn, self.cross_attn = block.self_attn, block.cross_attn
         self.cross_norm, self.ffn = block.cross_norm, block.ffn
         log_scale_H = block.self_attn.q_log_scale.float().flatten()
-        self.register_buffer("q_scale_H", log_scale_H.clamp(max=MAX_LOG_SCALE).exp())
-        self.register_buffer("cross_gain_1C", block.cross_norm.weight.float()[None])
-        self.register_buffer("cross_bias_1C", block.cross_norm.bias.float()[None])
+        self.register_buffer(
+            "q_scale_H", log_scale_H.clamp(max=MAX_LOG_SCALE).exp(), persistent=False
+        )
+        self.register_buffer(
+            "cross_gain_1C", block.cross_norm.weight.float()[None], persistent=False
+        )
+        self.register_buffer("cross_bias_1C", block.cross_norm.bias.float()[None], persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
