@@ -44,10 +44,10 @@ def main():
             sides = {"x_ptr": "*i8", "w_ptr": "*u8"} if packed else {"x_ptr": FP8, "w_ptr": FP8}
             switches = {"GROUP": 64, "PACKED": packed, "TMA": False} | RANK | BLOCKS
             compiled(gemm._gemm_groups, floats | sides, switches, capability=capability)
-        switches = {"IS_INT": not is_hopper, "TMA": False, "EVEN_K": False, "HAS_BIAS": True}
-        switches |= BLOCKS | {"BLOCK_K": 64}
-        sides = {"x_ptr": coded, "w_ptr": coded, "wscales_ptr": "*fp32"}
-        compiled(gemm._gemm_rows, floats | sides, switches, capability=capability)
+        if is_hopper:
+            switches = {"TMA": False, "EVEN_K": False, "HAS_BIAS": True, "BLOCK_K": 64} | BLOCKS
+            sides = {"x_ptr": FP8, "w_ptr": FP8, "wscales_ptr": "*fp32"}
+            compiled(gemm._gemm_rows, floats | sides, switches, capability=capability)
         for is_split in (True, False):
             sides = {"x_ptr": "*bf16", "w_ptr": "*u8"} | ({"y_ptr": "*fp32"} if is_split else {})
             switches = {"GROUP": 64, "IS_SPLIT": is_split} | RANK | BLOCKS

@@ -117,10 +117,9 @@ def test_w4a8_with_a_scale_per_token_equals_the_reference(rng, M, K, N, rank):
 
 
 @pytest.mark.parametrize(("M", "K", "N", "rank"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
-def test_rows_of_8_bits_equal_float64(rng, M, K, N, rank, dtype):
+def test_rows_of_e4m3_equal_float64(rng, M, K, N, rank):
     p = Problem(rng, M, K, N, rank)
-    codes_MK, weight_NK = p.codes_MK.to(dtype), p.wcodes_NK.to(dtype)
+    codes_MK, weight_NK = (x.to(torch.float8_e4m3fn) for x in (p.codes_MK, p.wcodes_NK))
     xscales_M, wscales_N = p.xscales_MG[:, 0].contiguous(), p.wscales_NG[:, 0].float().contiguous()
     y_MN = gemm_rows(
         codes_MK, xscales_M, weight_NK, wscales_N, p.bias_N, tiles=TILES, dtype=torch.float32

@@ -410,6 +410,7 @@ def generate(
         text_encoder_bits=text_encoder_bits,
         compute=compute.value,
     )
+    pipeline.records_graphs = False
     if low_memory:
         pipeline.save_memory()
     if kv is not None:

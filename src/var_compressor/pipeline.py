@@ -158,6 +158,8 @@ class InfinityPipeline:
         self.text_encoder = text_encoder
         self.kv_params: CacheParams | None = None
         self.saves_memory = False
+        # off for who draws once: nothing would be replayed, and the cache be kept for nothing
+        self.records_graphs = True
         self._drawer: _Drawer | None = None
 
     @property
@@ -176,7 +178,7 @@ class InfinityPipeline:
         Calibration needs the plain blocks. Returns why kernels cannot run here, and then leaves
         everything as it is. Raises: ValueError for an unknown path.
         """
-        policy = Policy(compute, (0, 0), 1, {})
+        policy = Policy(compute, (0, 0), 1)
         obstacle = kernels_run(self.transformer)
         if obstacle is None:
             gpu = torch.cuda.get_device_properties(self.device)
@@ -485,7 +487,7 @@ class InfinityPipeline:
         Blocks of kernels keep theirs, with its cache and its graphs, for the next image alike.
         """
         has_kernels = isinstance(self.transformer.blocks[0], KernelBlock)
-        if self.saves_memory or not has_kernels:
+        if self.saves_memory or not has_kernels or not self.records_graphs:
             context = self._read_text(context)
             return _Drawer(self, schedule, context, guidance, taus), context
         context = padded(context)

@@ -1,6 +1,6 @@
 """How a 4-bit weight is multiplied on the machine at hand: which path, and why.
 
-An artifact stores 4-bit weights once; the path is chosen per number of tokens and shape of linear.
+An artifact stores 4-bit weights once; the path is chosen per number of tokens.
 
     w4a4    4-bit inputs, exact integers: what calibration measured
     w4a8    8-bit inputs per token: e4m3 where the GPU has it, else int8; closer to full precision
@@ -11,7 +11,6 @@ An artifact stores 4-bit weights once; the path is chosen per number of tokens a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 PATHS = ("w4a4", "w4a8", "w4a16", "bf16")
@@ -29,16 +28,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Policy:
-    """Chooses a path from what was asked, the GPU, and what was measured on it.
-
-    ``capability`` and ``num_processors`` are the GPU's. ``milliseconds`` of
-    ``(tokens, N, K, path)``, if someone measured; empty takes the static table.
-    """
+    """Chooses a path from what was asked and the GPU: its capability and number of processors."""
 
     asked: str
     capability: tuple[int, int]
     num_processors: int
-    milliseconds: Mapping[tuple[int, int, int, str], float]
 
     def __post_init__(self) -> None:
         if self.asked not in COMPUTE:
@@ -48,31 +42,10 @@ class Policy:
     def has_fp8(self) -> bool:
         return self.capability >= FP8_FROM
 
-    def choose(self, num_tokens: int, N: int, K: int) -> Choice:
-        """The path of a linear of ``[N, K]`` for ``num_tokens`` tokens; deterministic."""
+    def choose(self, num_tokens: int) -> Choice:
+        """The path of a linear for as many tokens; deterministic."""
         if self.asked != "auto":
             return Choice(self.asked, "asked for")
-        measured = {
-            path: ms
-            for (tokens, *shape, path), ms in self.milliseconds.items()
-            if shape == [N, K] and tokens == self._nearest(num_tokens, N, K)
-        }
-        if measured:
-            best = min(measured, key=lambda path: (measured[path], path))
-            others = ", ".join(f"{p} {ms:.3f}" for p, ms in sorted(measured.items()) if p != best)
-            return Choice(best, f"{measured[best]:.3f} ms measured here ({others})")
-        return self._from_table(num_tokens)
-
-    def _nearest(self, num_tokens: int, N: int, K: int) -> int:
-        """The measured count of tokens that is nearest as a ratio."""
-        counts = {tokens for tokens, n, k, _ in self.milliseconds if (n, k) == (N, K)}
-        return min(
-            sorted(counts),
-            key=lambda count: max(count, num_tokens) / min(count, num_tokens),
-            default=0,
-        )
-
-    def _from_table(self, num_tokens: int) -> Choice:
         major, minor = self.capability
         if num_tokens <= FEW_TOKENS:
             return Choice("w4a16", f"at most {FEW_TOKENS} tokens: bound by weight bytes")

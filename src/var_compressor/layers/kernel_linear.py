@@ -201,7 +201,7 @@ class LowBitLinear(KernelLinear):
 
     def choice(self, num_tokens: int) -> Choice:
         """The path for as many tokens; inputs of 16 bits are never rounded to fewer."""
-        found = self.policy.choose(num_tokens, self.out_features, self.in_features)
+        found = self.policy.choose(num_tokens)
         if self.act_format is None and found.path in ("w4a4", "w4a8"):
             return Choice("bf16", "the recipe leaves inputs in 16 bits")
         if found.path == "w4a4" and self.act_format is not None and self.act_format.nbits == 8:
@@ -308,8 +308,7 @@ class LowBitLinear(KernelLinear):
 
     def scratch_bytes(self) -> int:
         """Of the widest form that the policy may ask for."""
-        paths = {path for *_, path in self.policy.milliseconds} | {self.policy.asked}
-        wide = "bf16" in paths or self.act_format is None or not self.policy.has_fp8
+        wide = self.policy.asked == "bf16" or self.act_format is None or not self.policy.has_fp8
         return self.out_features * self.in_features * (self.dtype.itemsize if wide else 1)
 
 

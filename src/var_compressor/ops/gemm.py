@@ -81,10 +81,7 @@ def gemm_rows(
     tiles: Tiles,
     dtype: torch.dtype,
 ) -> Tensor:
-    """8-bit times 8-bit with a scale per token and per output channel: ``[M, N]``.
-
-    codes_MK and weight_NK: both e4m3, or both int8, whose dots are exact.
-    """
+    """e4m3 times e4m3 with a scale per token and per output channel: ``[M, N]``."""
     M, K = codes_MK.shape
     N = len(weight_NK)
     y_MN = torch.empty(M, N, dtype=dtype, device=codes_MK.device)
@@ -92,7 +89,6 @@ def gemm_rows(
     _gemm_rows[(triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n),)](
         x, xscales_M, w, wscales_N, y_MN if bias_N is None else bias_N, y_MN,
         M, N, K,
-        IS_INT=codes_MK.dtype == torch.int8,
         TMA=tiles.tma,
         EVEN_K=K % tiles.k == 0,
         HAS_BIAS=bias_N is not None,
@@ -311,7 +307,7 @@ def _gemm_groups(
 def _gemm_rows(
     x_ptr, xscales_ptr, w_ptr, wscales_ptr, bias_ptr, y_ptr,
     M, N, K,
-    IS_INT: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     first_m, first_n = _tile(M, N, BLOCK_M, BLOCK_N)
@@ -320,8 +316,7 @@ def _gemm_rows(
     is_m, is_n = m < M, n < N
     m_in, n_in = m % M, n % N
     k = tl.arange(0, BLOCK_K)
-    ACC: tl.constexpr = tl.int32 if IS_INT else tl.float32
-    total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         if TMA:
             x = x_ptr.load([first_m, start])
@@ -337,10 +332,10 @@ def _gemm_rows(
             w = tl.load(
                 w_ptr + n_in[None, :] * K + (start + k)[:, None], mask=inside[:, None], other=0.0
             )
-        total = tl.dot(x, w, total, out_dtype=ACC)
+        total = tl.dot(x, w, total)
     xscale = tl.load(xscales_ptr + m_in)
     wscale = tl.load(wscales_ptr + n_in).to(tl.float32)
-    acc = total.to(tl.float32) * xscale[:, None] * wscale[None, :]
+    acc = total * xscale[:, None] * wscale[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=is_n, other=0.0).to(tl.float32)[None, :]
     y = y_ptr + m[:, None] * N + n[None, :]
