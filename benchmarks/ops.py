@@ -74,7 +74,7 @@ class Linear:
 
     def merged(self, dtype: torch.dtype, row_scales_N: Tensor | None) -> Tensor:
         return gemm.merge_weight(
-            self.tiled, self.wscales_GN, self.smooth_K, self.down_RK, self.up_NR, row_scales_N,
+            self.tiled, self.wscales_GN, self.down_RK, self.up_NR, row_scales_N,
             out_NK=torch.empty(self.N, self.K, dtype=dtype, device="cuda"),
         )  # fmt: skip
 

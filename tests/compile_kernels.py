@@ -38,7 +38,7 @@ def main():
         floats = {
             "xscales_ptr": "*fp32", "wscales_ptr": "*bf16", "low_ptr": "*bf16", "up_ptr": "*bf16",
             "bias_ptr": "*fp32", "y_ptr": "*bf16", "parts_ptr": "*fp32", "down_ptr": "*bf16",
-            "smooth_ptr": "*fp32", "row_scales_ptr": "*fp32",
+            "smooth_ptr": "*fp32", "inverse_smooth_ptr": "*fp32", "row_scales_ptr": "*fp32",
         }  # fmt: skip
         for packed in (True, False)[: 1 + is_hopper]:
             sides = {"x_ptr": "*i8", "w_ptr": "*u8"} if packed else {"x_ptr": FP8, "w_ptr": FP8}
@@ -68,7 +68,7 @@ def compile_inputs(coded, floats, capability):
     rows |= {"update_gain_ptr": "*fp32", "low_ptr": "*bf16"}
     for source, x in ((inputs.NORM, "*fp32"), (inputs.GELU, "*bf16")):
         switches = {
-            "SOURCE": source, "HAS_UPDATE": True, "HAS_UPDATE_GAIN": True, "SHIFTED": True,
+            "SOURCE": source, "HAS_UPDATE": True, "HAS_UPDATE_GAIN": True, "IS_NATIVE": True,
             "ROUND_TO": tl.bfloat16,
         }  # fmt: skip
         types = floats | rows | {"x_ptr": x, "values_ptr": coded}
@@ -77,7 +77,7 @@ def compile_inputs(coded, floats, capability):
         compiled(inputs._prepare_rows, types, switches | more, capability=capability)
         for block_m in (1, 16):
             more = {
-                "GROUP": 64, "LOWEST": -7, "HIGHEST": 7, "RANK": 32, "PADDED_RANK": 32,
+                "SHIFTED": True, "GROUP": 64, "LOWEST": -7, "HIGHEST": 7, "RANK": 32, "PADDED_RANK": 32,
                 "BLOCK_M": block_m, "BLOCK_K": 128,
             }  # fmt: skip
             compiled(inputs._prepare_groups, types, switches | more, capability=capability)

@@ -1,6 +1,7 @@
 """Blocks of kernels against plain blocks: the same network, by every path."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from tiny import random_text, tiny_pipeline
 pytest.importorskip("triton")
 
 from interpreter import true_bf16  # noqa: F401
-from var_compressor.layers.compute import COMPUTE, Policy
+from var_compressor.layers.compute import COMPUTE, PathTable, Policy, read_table, write_table
 from var_compressor.layers.kernel_block import KernelBlock, use_kernels
-from var_compressor.layers.kernel_linear import LowBitLinear
+from var_compressor.layers.kernel_linear import LowBitLinear, UnpackedLinear
 from var_compressor.layers.kv_cache import PlainCache
 from var_compressor.layers.linear import QuantizedLinear
 from var_compressor.models.schedule import Schedule
@@ -134,14 +135,65 @@ def test_several_levels_at_once_equal_one_by_one(full):
 
 
 def test_the_policy_says_why():
-    assert Policy("auto", HOPPER, 132).choose(2).path == "w4a16"
-    assert Policy("auto", HOPPER, 132).choose(2048).path == "w4a8"
-    found = Policy("auto", AMPERE, 8).choose(2048)
+    assert Policy("auto", HOPPER, 132).choose(2, 64, 64).path == "w4a16"
+    assert Policy("auto", HOPPER, 132).choose(None, 64, 64).path == "w4a8"
+    found = Policy("auto", AMPERE, 8).choose(2048, 64, 64)
     assert found.path == "w4a4" and "sm_80" in found.why
     for asked in COMPUTE[1:]:
-        assert Policy(asked, AMPERE, 8).choose(9).path == asked
+        assert Policy(asked, AMPERE, 8).choose(9, 64, 64).path == asked
     with pytest.raises(ValueError, match="'fast'"):
         Policy("fast", AMPERE, 8)
+
+
+def test_a_measured_table_decides_for_its_shapes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    few, many = {"w4a8": 0.4, "w4a4": 0.2}, {"w4a8": 1.0, "w4a4": 2.0, "w4a16": 3.0}
+    versions = {"torch": "1"}
+    path = write_table(PathTable({(64, 32): ((8, few), (128, many))}), "A GPU", versions)
+    write_table(PathTable({(32, 32): ((8, few),)}), "A GPU", versions)
+    assert read_table("A GPU", {"torch": "2"}) is None
+    assert read_table("another", versions) is None
+    policy = Policy("auto", HOPPER, 132, read_table("A GPU", versions))
+    chosen = [policy.choose(tokens, 64, 32).path for tokens in (1, 8, 9, 128, 999, None)]
+    assert chosen == ["w4a4", "w4a4", "w4a8", "w4a8", "w4a8", "w4a8"]
+    assert "0.200 ms, w4a8 0.400 ms" in policy.choose(3, 64, 32).why
+    assert policy.choose(3, 32, 32).path == "w4a4"
+    assert policy.choose(3, 99, 99).why.startswith("at most")
+    for damage in ("{", "[]", '{"versions": {"torch": "1"}, "shapes": {"64x32": []}}'):
+        path.write_text(damage)
+        if damage == "[]":
+            assert read_table("A GPU", versions) is None
+        else:
+            with pytest.raises(ValueError, match="delete it"):
+                read_table("A GPU", versions)
+
+
+@torch.inference_mode()
+def test_weights_unpacked_for_good_give_what_w4a8_gives(compressed):
+    if IS_INTERPRETED:
+        pytest.skip("the interpreter rounds wrongly to e4m3")
+    unpacked = with_kernels(compressed, "w8a8", HOPPER)
+    linears = [m for m in unpacked.transformer.modules() if isinstance(m, UnpackedLinear)]
+    assert len(linears) == 7 * len(unpacked.transformer.blocks)
+    found = run_levels(unpacked, HALF, levels=2)
+    assert torch.equal(found, run_levels(with_kernels(compressed, "w4a8", HOPPER), HALF, levels=2))
+    with pytest.raises(ValueError, match="sm_80"):
+        with_kernels(compressed, "w8a8", AMPERE)
+
+
+@torch.inference_mode()
+def test_a_path_depends_on_one_image_alone(compressed):
+    """Levels that are few tokens of one image, and many of two, are multiplied alike."""
+    found = with_kernels(compressed, "auto", AMPERE)
+    linear = found.transformer.blocks[0].ffn.fc1
+    asked = []
+    linear.policy = replace(linear.policy, table=None)
+    choose, schedule = linear.choice, Schedule.of(1.0, "0.06M")
+    linear.choice = lambda tokens: asked.append(tokens) or choose(tokens)
+    for batch in (1, 2):
+        run_levels(found, HALF, levels=2, batch=batch)
+    per_image = {2 * level.num_tokens for level in schedule.levels[:2]}
+    assert set(asked) == per_image
 
 
 def test_blocks_of_kernels_are_saved_under_the_same_names(full):

@@ -58,10 +58,27 @@ def test_the_parts_of_a_transformer_add_up_to_its_tensors(name, weights):
     tensors = model.state_dict()
     parts = transformer_bytes(config, spec)
     assert sum(parts.values()) == sum(tensor.nbytes for tensor in tensors.values())
-    branch = [t.nbytes for n, t in tensors.items() if ".proj_down" in n or ".proj_up" in n]
+    text = {n: t.nbytes for n, t in tensors.items() if ".cross_attn.kv." in n}
+    assert parts["weights for the text"] == sum(text.values())
+    branch = [t.nbytes for n, t in tensors.items() if ".proj_" in n and n not in text]
     assert parts.get("low-rank branch", 0) == sum(branch)
     outside = [t.nbytes for n, t in tensors.items() if not n.startswith("blocks.")]
     assert parts["outside the blocks"] == sum(outside)
+
+
+def test_unpacked_weights_take_a_byte_each():
+    config, spec = MODELS["infinity-2b"].transformer, WEIGHTS["w4a4"]
+    packed, unpacked = (transformer_bytes(config, spec, unpacks=one) for one in (False, True))
+    C, F = config.embed_dim, config.ffn_dim
+    shapes = [(3 * C, C), (C, C), (C, C), (C, C), (F, C), (C, F)]
+    # a byte per weight, a float32 scale per row, smoothing and its reciprocal; biases are as before
+    one_block = sum(N * K + 4 * N + 8 * K for N, K in shapes)
+    plain = ("biases and norms", "outside the blocks", "weights for the text")
+    found = sum(unpacked.values()) - sum(unpacked[part] for part in plain)
+    assert found == config.depth * one_block
+    assert [unpacked[p] for p in plain[:2]] == [packed[p] for p in plain[:2]]
+    N, K = 2 * C, C
+    assert unpacked[plain[2]] - packed[plain[2]] > config.depth * (N * K // 2 - 200 * (N + K))
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8", "int4"])
@@ -151,7 +168,8 @@ def test_a_vae_without_storage_takes_what_a_real_one_does(strip_rows, batch):
 
 def test_smaller_steps_of_the_feed_forward_stop_mattering_at_attention():
     request = request_of(MODEL_8B)
-    levels = [FastLevel(MODEL_8B.transformer, request, chunk, 32) for chunk in (None, 4096, 512)]
+    config, chunks = MODEL_8B.transformer, (None, 4096, 512)
+    levels = [FastLevel(config, request, chunk, 32, unpacks=False) for chunk in chunks]
     steps = [level.steps() for level in levels]
     assert max(steps[0], key=lambda step: steps[0][step]).startswith("feed-forward")
     assert max(steps[2], key=lambda step: steps[2][step]) == "attention"

@@ -7,11 +7,15 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from var_compressor.bench.paths import OnStep
 
 OPTIONAL_PACKAGES = {
     "triton": "GPU kernels",
-    "torchmetrics": "evaluation: SSIM, CLIP score",
+    "torchmetrics": "evaluation: weights of LPIPS",
     "scipy": "evaluation: Fréchet distance",
     "matplotlib": "plots and reports",
     "gradio": "the web page",
@@ -59,6 +63,7 @@ class Report:
     devices: tuple[Device, ...]
     packages: tuple[Package, ...]
     paths: tuple[ComputePath, ...]
+    policy: str
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -79,6 +84,7 @@ _KERNELS = (
     _Kernel("w4a8-int8", (8, 0), "INT8 tensor cores", slow_from=(8, 9)),
     _Kernel("w4a8-fp8", (8, 9), "fp8 tensor cores"),
     _Kernel("w4a16", (8, 0), "bf16 tensor cores"),
+    _Kernel("w8a8", (8, 9), "fp8 tensor cores"),
     _Kernel("bf16", (8, 0), "bf16 tensor cores"),
 )
 
@@ -101,7 +107,44 @@ def examine() -> Report:
             has_torch=torch_version is not None,
             has_triton=_version("triton") is not None,
         ),
+        policy=_policy(gpus) if _version("triton") else "reference everywhere: no triton",
     )
+
+
+def _policy(gpus: tuple[Device, ...]) -> str:
+    """What `auto` goes by on the first GPU."""
+    from var_compressor.layers.compute import Policy, read_table, table_path, table_versions
+
+    if not gpus or gpus[0].capability is None or gpus[0].capability < (8, 0):
+        return "reference everywhere: no GPU that kernels run on"
+    name, capability = gpus[0].description, gpus[0].capability
+    if table := read_table(name, table_versions()):
+        shapes = ", ".join(f"{N}x{K}" for N, K in sorted(table.measured))
+        return f"measured here for weights {shapes} ({table_path(name)}); others by architecture"
+    few, many = (Policy("auto", capability, 1).choose(tokens, 0, 0) for tokens in (1, None))
+    return (
+        f"by architecture: {few.path} ({few.why}), else {many.path} ({many.why}); "
+        "`varc doctor --measure MODEL` measures"
+    )
+
+
+def measure(model: str, on_step: OnStep) -> Path:
+    """Time the paths of a model's linears on the first GPU; returns the file that keeps them.
+
+    Raises: ValueError without a GPU that kernels run on, or for an unknown model.
+    """
+    import torch
+
+    from var_compressor.bench.paths import linear_shapes, measure_paths
+    from var_compressor.layers.compute import table_versions, write_table
+    from var_compressor.planning import model_shape
+
+    shapes = linear_shapes(model_shape(model).transformer)
+    report = examine()
+    if not next(path for path in report.paths if path.name == "w4a16").available:
+        raise ValueError(f"nothing to measure: {report.policy}")
+    table = measure_paths(shapes, torch.device("cuda", 0), on_step)
+    return write_table(table, report.devices[1].description, table_versions())
 
 
 def compute_paths(
@@ -163,6 +206,7 @@ def to_text(report: Report) -> str:
     lines.append("compute paths")
     for path in report.paths:
         lines.append(f"  {path.name:<12} {'yes' if path.available else 'no':<4} {path.reason}")
+    lines.append(f"  auto         {report.policy}")
     return "\n".join(lines)
 
 

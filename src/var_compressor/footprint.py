@@ -95,7 +95,9 @@ class Setup:
     ``weights`` a key of `WEIGHTS` or "stored"; ``kv`` "bf16", "int8", "int4" or "stored", int4
     within ``kv_budget`` bytes of one image if that is set; ``text_bits`` None for features that
     were cached elsewhere; ``releases_text`` before drawing. ``chunk_tokens`` of the feed-forward
-    and ``strip_rows`` of the VAE at a time, None for all.
+    and ``strip_rows`` of the VAE at a time, None for all; where compressed linears run in chunks,
+    the weights of the text's keys and values are on the host while levels are drawn. ``unpacks``
+    compressed weights to 8 bits for good (compute path w8a8).
     """
 
     weights: str
@@ -105,6 +107,7 @@ class Setup:
     chunk_tokens: int | None
     strip_rows: int | None
     kv_budget: int | None = None
+    unpacks: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Footprint:
 def footprint(model: ModelShape, request: Request, setup: Setup) -> Footprint:
     """The bytes of every stage; what a model lacks (a VAE, a text encoder) takes none."""
     spec = model.spec if setup.weights == "stored" else WEIGHTS[setup.weights]
-    held = dict(transformer_bytes(model.transformer, spec))
+    held = dict(transformer_bytes(model.transformer, spec, unpacks=setup.unpacks))
     text_stage, draw, vae_stage = {}, {}, {}
     if model.text is not None and setup.text_bits is not None:
         weights = {"text encoder": text_bytes(model.text, setup.text_bits)}
@@ -146,32 +149,42 @@ def footprint(model: ModelShape, request: Request, setup: Setup) -> Footprint:
         "KV cache": kv_bytes(model, request, setup),
         "level activations": level_bytes(model.transformer, request, setup, spec),
     }
-    return Footprint({"text": held | text_stage, "draw": held | draw, "VAE": held | vae_stage})
+    drawing = dict(held)
+    if setup.chunk_tokens is not None and spec is not None:
+        drawing.pop(TEXT_WEIGHTS)
+    return Footprint({"text": held | text_stage, "draw": drawing | draw, "VAE": held | vae_stage})
 
 
 # --- what stays -----------------------------------------------------------------------------------
 
 
 @cache
-def transformer_bytes(config: InfinityConfig, spec: QuantSpec | None) -> Mapping[str, int]:
+def transformer_bytes(
+    config: InfinityConfig, spec: QuantSpec | None, *, unpacks: bool = False
+) -> Mapping[str, int]:
     """Every tensor of a transformer, blocks in bf16 or as ``spec`` stores them, in one part each.
+
+    ``unpacks``: with quantized weights unpacked to 8 bits, as `kernel_linear.UnpackedLinear` does.
 
     Raises: ValueError naming the linear whose formats, groups or rank cannot be had.
     """
     # blocks are alike, so one stands for all
     model = meta_transformer(replace(config, depth=1, num_chunks=1), BLOCK_DTYPE)
     by_block = [{}] * config.depth if spec is None else specs_by_block(spec, config)
-    parts = dict.fromkeys(("weights", *_BLOCK_PARTS.values(), "biases and norms"), 0)
+    names = ("weights", TEXT_WEIGHTS, *_BLOCK_PARTS.values(), "biases and norms")
+    parts = dict.fromkeys(names, 0)
     for items, num_blocks in Counter(tuple(sorted(one.items())) for one in by_block).items():
         block = deepcopy(model.blocks[0])
         swap_linears(block, dict(items))
         for name, tensor in block.state_dict().items():
-            parts[_block_part(name, tensor)] += num_blocks * tensor.nbytes
+            parts[_block_part(name, tensor)] += num_blocks * _held_bytes(name, tensor, unpacks)
     outside = [t for name, t in model.state_dict().items() if not name.startswith("blocks.")]
     parts["outside the blocks"] = sum(tensor.nbytes for tensor in outside)
     return {name: num_bytes for name, num_bytes in parts.items() if num_bytes}
 
 
+# of cross-attention, which read the text once
+TEXT_WEIGHTS = "weights for the text"
 _BLOCK_PARTS = {
     "wscales": "scales and smoothing",
     "wtscale": "scales and smoothing",
@@ -182,9 +195,21 @@ _BLOCK_PARTS = {
 
 
 def _block_part(name: str, tensor: Tensor) -> str:
+    if name.startswith("cross_attn.kv."):
+        return TEXT_WEIGHTS
     leaf = name.rpartition(".")[2]
     is_matrix = leaf == "qweight" or (leaf == "weight" and tensor.ndim == 2)
     return "weights" if is_matrix else _BLOCK_PARTS.get(leaf, "biases and norms")
+
+
+def _held_bytes(name: str, tensor: Tensor, unpacks: bool) -> int:
+    """Of a stored tensor, as it is held: as stored, or with the branch in a weight of bytes."""
+    leaf = name.rpartition(".")[2]
+    if not unpacks or leaf not in ("qweight", *_BLOCK_PARTS):
+        return tensor.nbytes
+    # a byte for each nibble; a float32 scale per row; smooth factors and their reciprocals
+    held = {"qweight": 2 * tensor.nbytes, "wscales": 4 * len(tensor) if tensor.ndim else 0}
+    return held.get(leaf, 2 * tensor.nbytes if leaf == "smooth_factor" else 0)
 
 
 @cache
@@ -252,7 +277,7 @@ def level_bytes(
     """Of the largest level, from the embedding of its tokens to their bits."""
     if spec is None:
         return plain_level_bytes(config, request, has_codes=setup.kv != "bf16")
-    level = FastLevel(config, request, setup.chunk_tokens, spec.low_rank.rank)
+    level = FastLevel(config, request, setup.chunk_tokens, spec.low_rank.rank, setup.unpacks)
     return level.peak_bytes
 
 
@@ -267,20 +292,22 @@ class FastLevel:
     request: Request
     chunk_tokens: int | None
     rank: int
+    unpacks: bool
 
     @property
     def peak_bytes(self) -> int:
         return self.around_bytes() + max(self.steps().values())
 
     def around_bytes(self) -> int:
-        """Alive during all steps: the residual stream, one fp8 weight, and what `draw` holds.
+        """Alive during all steps: the residual stream, two fp8 weights, and what `draw` holds.
 
         That is what it embedded, and what came out of the level before.
         """
         M, C, F = self._num_tokens(), self.config.embed_dim, self.config.ffn_dim
-        residual, embedded, expanded_weight = 4 * M * C, 4 * M * C, F * C
+        residual, embedded = 4 * M * C, 4 * M * C
+        expanded = 0 if self.unpacks else 2 * F * C
         before = 4 * self.request.rows * self.request.before.num_tokens * C
-        return residual + expanded_weight + embedded + before + self._small_bytes()
+        return residual + expanded + embedded + before + self._small_bytes()
 
     def steps(self) -> dict[str, int]:
         M, C, F = self._num_tokens(), self.config.embed_dim, self.config.ffn_dim

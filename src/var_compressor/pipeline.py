@@ -19,9 +19,9 @@ from var_compressor.artifact import (
     read_tensors,
     verify_files,
 )
-from var_compressor.layers.compute import Choice, Policy
+from var_compressor.layers.compute import Policy, read_table, table_versions
 from var_compressor.layers.kernel_block import KernelBlock, kernels_run, linears_of, use_kernels
-from var_compressor.layers.kernel_linear import LowBitLinear
+from var_compressor.layers.kernel_linear import LowBitLinear, UnpackedLinear
 from var_compressor.layers.kv_cache import CodedCache, LevelCache, PlainCache
 from var_compressor.layers.kv_params import (
     CacheFormat,
@@ -169,7 +169,7 @@ class InfinityPipeline:
     @property
     def is_compressed(self) -> bool:
         """Whether any linear is quantized."""
-        kinds = (QuantizedLinear, LowBitLinear)
+        kinds = (QuantizedLinear, LowBitLinear, UnpackedLinear)
         return any(isinstance(module, kinds) for module in self.transformer.modules())
 
     def use_kernels(self, compute: str) -> str | None:
@@ -186,6 +186,7 @@ class InfinityPipeline:
                 policy,
                 capability=(gpu.major, gpu.minor),
                 num_processors=gpu.multi_processor_count,
+                table=read_table(gpu.name, table_versions()) if compute == "auto" else None,
             )
             use_kernels(self.transformer, policy)
         return obstacle
@@ -203,7 +204,9 @@ class InfinityPipeline:
             if isinstance(block, KernelBlock):
                 block.saves_memory = True
 
-    def compute_report(self, schedule: Schedule, *, rows: int) -> list[dict[str, Any]]:
+    def compute_report(
+        self, schedule: Schedule, *, num_images: int, rows: int
+    ) -> list[dict[str, Any]]:
         """Which path multiplies each linear at each level, and why; empty without kernels."""
         report: list[dict[str, Any]] = []
         if not isinstance(self.transformer.blocks[0], KernelBlock):
@@ -211,9 +214,7 @@ class InfinityPipeline:
         for level in schedule.levels:
             for name, linear in linears_of(self.transformer).items():
                 M = rows * level.num_tokens
-                choice = Choice("bf16", "not compressed")
-                if isinstance(linear, LowBitLinear):
-                    choice = linear.choice(M)
+                choice = linear.choice(M // num_images)
                 shape = {"M": M, "N": linear.out_features, "K": linear.in_features}
                 report.append({"level": level.index, "linear": name, **shape, **vars(choice)})
         return report
@@ -229,6 +230,7 @@ class InfinityPipeline:
         text_encoder_bits: int = 16,
         stream_blocks: bool = False,
         compute: str = "auto",
+        on_tensor: directory.OnTensor | None = None,
     ) -> InfinityPipeline:
         """Open a model directory, an artifact, an embedded model ("infinity-tiny") or a hub id.
 
@@ -239,15 +241,14 @@ class InfinityPipeline:
         or 4 hold its linears in so many bits. ``stream_blocks`` leaves the blocks of a
         full-precision transformer in their files, to be read one at a time, and the VAE on the
         CPU. ``compute``: how blocks run where there are kernels (`layers.compute`); "reference"
-        keeps the plain ones, which calibration needs.
+        keeps the plain ones, which calibration needs. ``on_tensor(name, bytes)`` is called as
+        the transformer's tensors, or an artifact's files, arrive (`stored_bytes` in all).
         Raises: CheckpointError or ArtifactError (ValueErrors) naming the file that is missing or
         does not fit.
         """
         coded = weight_only(text_encoder_bits)
         if is_artifact(source) or is_unfinished(source):
-            opened = cls._from_artifact(
-                Path(source), dtype=dtype, device=device, text_encoder_cache=text_encoder_cache
-            )
+            opened = cls._from_artifact(Path(source), dtype, device, text_encoder_cache, on_tensor)
             return opened._made_ready(coded, compute)
         folder = directory.resolve(source)
         index = directory.read_index(folder)
@@ -256,8 +257,12 @@ class InfinityPipeline:
                 f"{folder}: holds no VAE; open its transformer with "
                 "models.directory.load_transformer, or write it again with one"
             )
-        load = load_streamed if stream_blocks else directory.load_transformer
-        transformer = load(folder, dtype=dtype, device=device)
+        if stream_blocks:
+            transformer = load_streamed(folder, dtype=dtype, device=device)
+        else:
+            transformer = directory.load_transformer(
+                folder, dtype=dtype, device=device, on_tensor=on_tensor
+            )
         opened = cls._around(transformer, folder, dtype, device, text_encoder_cache)
         return opened._made_ready(coded, "reference" if stream_blocks else compute)
 
@@ -273,10 +278,10 @@ class InfinityPipeline:
     def _from_artifact(
         cls,
         folder: Path,
-        *,
         dtype: torch.dtype,
         device: torch.device | str,
         text_encoder_cache: str | Path | None,
+        on_tensor: directory.OnTensor | None,
     ) -> InfinityPipeline:
         manifest = read_manifest(folder)
         verify_files(folder, manifest)
@@ -288,11 +293,21 @@ class InfinityPipeline:
                     f"{path}: is not the VAE that {folder} was made with; restore the base model "
                     f"{manifest.base['source']}"
                 )
-        transformer = load_compressed(folder, manifest, dtype=dtype, device=device)
+        transformer = load_compressed(
+            folder, manifest, dtype=dtype, device=device, on_tensor=on_tensor
+        )
         pipeline = cls._around(transformer, base, dtype, device, text_encoder_cache)
         if manifest.kv is not None:
             pipeline.use_kv(folder / KV_FILE, manifest.kv)
         return pipeline
+
+    @staticmethod
+    def stored_bytes(source: str | Path) -> int:
+        """What `from_pretrained` tells ``on_tensor`` of, more or less: bytes of the transformer."""
+        if is_artifact(source):
+            return sum(entry["bytes"] for entry in read_manifest(Path(source)).files.values())
+        folder = directory.resolve(source) / "transformer"
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
     def use_kv(self, path: Path, kv: dict[str, Any]) -> None:
         """Store the cache as a file of parameters and a manifest's ``kv`` say.

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from var_compressor import __version__
 from var_compressor.bench import ceilings, kinds, work
 from var_compressor.bench.memory import Memory, Meter
 from var_compressor.bench.shapes import random_text
 from var_compressor.bench.timing import Request, Run, draw, sampling_seconds, time_run
+from var_compressor.layers.kernel_linear import UnpackedLinear
+from var_compressor.machine import machine_of
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.transformer import TextFeatures
-from var_compressor.pipeline import InfinityPipeline, Text
+from var_compressor.pipeline import SAVING_STRIP_ROWS, InfinityPipeline, Text
 
 if TYPE_CHECKING:
     from var_compressor.footprint import ModelShape
@@ -210,7 +207,9 @@ def _look_inside(warm: _Warm) -> Measured:
         memory=warm.memory,
         by_kind=by_kind,
         work=work.count(pipeline.transformer, batch, kv_bytes=warm.memory.parts["KV cache"]),
-        compute=tuple(pipeline.compute_report(request.schedule, rows=rows)),
+        compute=tuple(
+            pipeline.compute_report(request.schedule, num_images=len(text.lens), rows=rows)
+        ),
         predicted_peaks={}
         if pipeline.device.type == "cpu"
         else predicted_peaks(warm.source, pipeline, request, text),
@@ -224,47 +223,17 @@ def predicted_peaks(
     from var_compressor import footprint
 
     shape = replace(source.shape(), kv=pipeline.kv_params)
+    compressed = shape.spec is not None
+    saves = pipeline.saves_memory
+    linears = pipeline.transformer.modules()
     setup = footprint.Setup(
-        weights="bf16" if shape.spec is None else "stored",
+        weights="stored" if compressed else "bf16",
         kv="bf16" if shape.kv is None else "stored",
         text_bits=None if pipeline.text_encoder is None else 16,
         releases_text=False,
-        chunk_tokens=None,
-        strip_rows=None,
+        chunk_tokens=request.schedule.levels[-1].num_tokens if saves and compressed else None,
+        strip_rows=SAVING_STRIP_ROWS if saves else None,
+        unpacks=any(isinstance(one, UnpackedLinear) for one in linears),
     )
     asked = footprint.Request(request.schedule, len(text.lens), max(text.lens))
     return footprint.footprint(shape, asked, setup).stage_bytes
-
-
-def machine_of(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on and with."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "device": str(device),
-        "name": name,
-        "platform": platform.platform(),
-        "num_cpus": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "version": __version__,
-        "commit": commit(),
-    }
-
-
-def commit() -> str | None:
-    """Of the checkout that this program runs from, "+" behind it when files differ; or None."""
-    git = ("git", "-C", str(Path(__file__).parent))
-    try:
-        found = _output(*git, "rev-parse", "--short", "HEAD")
-        changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{found}+" if changed else found
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

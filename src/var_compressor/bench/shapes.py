@@ -89,7 +89,7 @@ def _fill(network: Infinity | nn.Module, seed: int) -> None:
     compressed: set[str] = set()
     for name, module in network.named_modules():
         if isinstance(module, QuantizedLinear):
-            _fill_quantized(module, name, generator, seed)
+            fill_quantized(module, name, generator, seed)
             compressed |= {f"{name}.{tensor}" for tensor in module.state_dict()}
     for name, tensor in network.state_dict().items():
         if name not in compressed:
@@ -104,7 +104,7 @@ def _fill_plain(tensor: Tensor, name: str, generator: torch.Generator, seed: int
         tensor.normal_(std=_std(name, tensor.shape[1:], seed), generator=generator)
 
 
-def _fill_quantized(
+def fill_quantized(
     linear: QuantizedLinear, name: str, generator: torch.Generator, seed: int
 ) -> None:
     """Codes and scales whose product has the variance of the linear at full precision."""

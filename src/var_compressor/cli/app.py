@@ -37,6 +37,7 @@ class Compute(str, Enum):
     w4a4 = "w4a4"
     w4a8 = "w4a8"
     w4a16 = "w4a16"
+    w8a8 = "w8a8"
     bf16 = "bf16"
 
 

@@ -10,7 +10,7 @@ import typer
 
 from var_compressor import __version__
 from var_compressor.cli.app import app
-from var_compressor.terminal import byte_progress
+from var_compressor.terminal import byte_progress, progress
 
 if TYPE_CHECKING:
     import torch
@@ -22,17 +22,28 @@ if TYPE_CHECKING:
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    measure: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Time the compute paths at this model's shapes, and keep what `auto` goes by.",
+        ),
+    ] = None,
 ) -> None:
     """Tell what this machine can run, and why.
 
-    Example: varc doctor --json
+    Example: varc doctor --measure infinity-8b
     """
     import json
 
-    from var_compressor.doctor import examine, to_text
+    from var_compressor import doctor
 
-    report = examine()
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else to_text(report))
+    if measure is not None:
+        with progress() as on_progress:
+            path = doctor.measure(measure, on_progress)
+        typer.echo(f"wrote {path}", err=as_json)
+    report = doctor.examine()
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else doctor.to_text(report))
 
 
 class StoredDtype(str, Enum):

@@ -21,6 +21,7 @@ from var_compressor.layers.kernel_linear import (
     LowBitLinear,
     PlainLinear,
     Scratch,
+    UnpackedLinear,
     has_kernels,
 )
 from var_compressor.layers.kv_cache import LevelCache
@@ -73,34 +74,35 @@ class KernelBlock(nn.Module):
         x_MC = x_RLC.view(-1, C)
         modulation_R6C = (self.ada_offset.float() + context.ada_R16C)[:, 0]
         gain1, gain2, scale1, scale2, shift1, shift2 = modulation_R6C.unbind(1)
-        how: dict[str, Any] = {"tokens_per_row": L, "dtype": self.dtype}
+        tokens = R * L // context.num_images
+        how: dict[str, Any] = {"image_tokens": tokens, "tokens_per_row": L, "dtype": self.dtype}
 
         # these are kernel linears, which types of the plain block do not tell
         attn: Any = self.self_attn
         cross: Any = self.cross_attn
         ffn: Any = self.ffn
-        qkv_MN = attn.qkv.multiply(attn.qkv.prepare(x_MC, Norm(1 + scale1, shift1), **how))
+        qkv_MN = attn.qkv.multiply(attn.qkv.prepare(x_MC, Norm(1 + scale1, shift1), **how), tokens)
         o_RLC = self._attend(qkv_MN.view(R, L, -1), rope_2LD, cache, layer, levels)
-        y_MC = attn.proj(o_RLC.view(-1, C))
+        y_MC = attn.proj(o_RLC.view(-1, C), tokens)
         del qkv_MN, o_RLC
 
         norm = Norm(self.cross_gain_1C, self.cross_bias_1C, y_MC, gain1)
-        q_MC = cross.q.multiply(cross.q.prepare(x_MC, norm, **how))
+        q_MC = cross.q.multiply(cross.q.prepare(x_MC, norm, **how), tokens)
         o_RLC = self._attend_text(q_MC.view(R, L, C), context, layer)
-        y_MC = cross.proj(o_RLC.reshape(-1, C))
+        y_MC = cross.proj(o_RLC.reshape(-1, C), tokens)
         del q_MC, o_RLC
 
         # row by row: half the memory, each weight unpacked twice
         parts = [(slice(None), slice(None))]
         if self.saves_memory:
             parts = [(slice(r * L, (r + 1) * L), slice(r, r + 1)) for r in range(R)]
-        for tokens, rows in parts:
-            norm = Norm(1 + scale2[rows], shift2[rows], y_MC[tokens])
-            h_MF = ffn.fc1.multiply(ffn.fc1.prepare(x_MC[tokens], norm, **how))
+        for part, rows in parts:
+            norm = Norm(1 + scale2[rows], shift2[rows], y_MC[part])
+            h_MF = ffn.fc1.multiply(ffn.fc1.prepare(x_MC[part], norm, **how), tokens)
             prepared = ffn.fc2.prepare(h_MF, GELU, **how)
             del h_MF
-            update = Norm(gain2, gain2, ffn.fc2.multiply(prepared), gain2[rows])
-            add_update(x_MC[tokens], update, tokens_per_row=L)
+            update = Norm(gain2, gain2, ffn.fc2.multiply(prepared, tokens), gain2[rows])
+            add_update(x_MC[part], update, tokens_per_row=L)
         return x_RLC
 
     def _attend(
@@ -139,7 +141,16 @@ def kernels_run(transformer: Infinity) -> str | None:
 
 
 def use_kernels(transformer: Infinity, policy: Policy) -> None:
-    """Replace blocks and their linears by kernels', where there are kernels for all of a block."""
+    """Replace blocks and their linears by kernels', where there are kernels for all of a block.
+
+    Raises: ValueError where a path is asked for that the GPU lacks.
+    """
+    if policy.asked == "w8a8" and not policy.has_fp8:
+        major, minor = policy.capability
+        raise ValueError(
+            f"compute w8a8 multiplies 8-bit floats, and this GPU (sm_{major}{minor}) has none; "
+            "use auto"
+        )
     scratch = Scratch(transformer.start_position.device)
     previous: KernelLinear | None = None
     for index, block in enumerate(transformer.blocks):
@@ -177,7 +188,8 @@ def _kernel_linear(
 ) -> KernelLinear:
     if isinstance(linear, nn.Linear):
         return PlainLinear(linear)
-    return LowBitLinear(linear, policy, scratch, dtype=dtype)  # type: ignore[arg-type]
+    packed = LowBitLinear(linear, policy, scratch, dtype=dtype)  # type: ignore[arg-type]
+    return UnpackedLinear(packed) if packed.choice(None).path == "w8a8" else packed
 
 
 def linears_of(transformer: Infinity) -> dict[str, KernelLinear]:

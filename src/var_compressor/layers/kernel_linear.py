@@ -74,17 +74,26 @@ class Scratch:
 
 
 class KernelLinear(nn.Module):
-    """What a block of kernels asks of a linear: how it wants its input, and the product."""
+    """What a block of kernels asks of a linear: how it wants its input, and the product.
+
+    The path follows from the tokens of one image, so that an image's path depends on no other image
+    in its batch; ``image_tokens`` None stands for many.
+    """
 
     in_features: int
     out_features: int
     smooth_factor: Tensor | None
+    inverse_smooth: Tensor | None
     proj_down: Tensor | None
 
-    def coding(self, num_tokens: int) -> Coding:
+    def choice(self, image_tokens: int | None) -> Choice:
+        """The path for as many tokens of an image."""
+        raise AssertionError("a linear has a path")
+
+    def coding(self, path: str) -> Coding:
         raise AssertionError("a linear says how it wants its input")
 
-    def multiply(self, x: CodedInput) -> Tensor:
+    def multiply(self, x: CodedInput, image_tokens: int | None) -> Tensor:
         raise AssertionError("a linear multiplies")
 
     def prepare(
@@ -92,36 +101,45 @@ class KernelLinear(nn.Module):
         x_MK: Tensor,
         source: int | Norm,
         *,
+        image_tokens: int | None,
         tokens_per_row: int,
         dtype: torch.dtype,
     ) -> CodedInput:
         """Its input, from where the network left it."""
         from var_compressor.ops import inputs
 
-        coding = self.coding(len(x_MK))
+        path = self.choice(image_tokens).path
+        coding = self.coding(path)
         if coding.kind == inputs.UNSMOOTHED and source == inputs.PLAIN:
             return inputs.CodedInput(x_MK, None, None)
-        smoothed = coding.kind not in (inputs.UNSMOOTHED, inputs.FP8_TOKEN)
         return inputs.prepare(
             x_MK,
             coding,
-            smooth_K=self.smooth_factor if smoothed else None,
-            down_NK=self.proj_down if smoothed else None,
+            smooth_K=self.smooth_factor,
+            inverse_smooth_K=self.inverse_smooth,
+            down_NK=self.proj_down if self.has_branch(path) else None,
             source=source,
             tokens_per_row=tokens_per_row,
             dtype=dtype,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def has_branch(self, path: str) -> bool:
+        """Whether the branch reads the input, rather than being a part of the weight."""
+        return False
+
+    def forward(self, x: Tensor, image_tokens: int | None = None) -> Tensor:
         x_MK = x.flatten(0, -2)
-        prepared = self.prepare(x_MK, 0, tokens_per_row=len(x_MK), dtype=x.dtype)
-        return self.multiply(prepared).unflatten(0, x.shape[:-1])
+        prepared = self.prepare(
+            x_MK, 0, image_tokens=image_tokens, tokens_per_row=len(x_MK), dtype=x.dtype
+        )
+        return self.multiply(prepared, image_tokens).unflatten(0, x.shape[:-1])
 
 
 class PlainLinear(KernelLinear):
     """A linear of 16 bits among kernels."""
 
     smooth_factor = None
+    inverse_smooth = None
     proj_down = None
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -129,16 +147,16 @@ class PlainLinear(KernelLinear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
 
-    def coding(self, num_tokens: int) -> Coding:
+    def choice(self, image_tokens: int | None) -> Choice:
+        return Choice("bf16", "not compressed")
+
+    def coding(self, path: str) -> Coding:
         from var_compressor.ops import inputs
 
         return inputs.Coding(inputs.UNSMOOTHED)
 
-    def multiply(self, x: CodedInput) -> Tensor:
+    def multiply(self, x: CodedInput, image_tokens: int | None) -> Tensor:
         return F.linear(x.values_MK, self.weight, self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 class LowBitLinear(KernelLinear):
@@ -146,11 +164,12 @@ class LowBitLinear(KernelLinear):
 
     Takes over the tensors of a `QuantizedLinear`, the codes rearranged to tile order. The shift of
     unsigned inputs is for 4-bit codes only: ``plain_bias`` is the bias without its correction.
-    Paths that unpack the weight to 8-bit or 16-bit floats unpack all of it, the branch added and
-    the smooth factors divided out: their inputs are neither smoothed nor projected.
+    Paths that unpack the weight to 8-bit or 16-bit floats unpack all of it, with the branch: their
+    inputs are not projected.
     """
 
     smooth_factor: Tensor
+    inverse_smooth: Tensor
     proj_up: Tensor | None
     bias: Tensor
     plain_bias: Tensor
@@ -171,6 +190,7 @@ class LowBitLinear(KernelLinear):
         self.in_features = 2 * half
         self.group_size = self.in_features // linear.wscales.shape[1]
         self.register_buffer("smooth_factor", linear.smooth_factor)
+        self.register_buffer("inverse_smooth", 1 / linear.smooth_factor)
         self.register_buffer("proj_down", linear.proj_down if len(linear.proj_down) else None)
         self.register_buffer("proj_up", linear.proj_up if self.proj_down is not None else None)
         self.register_buffer("bias", linear.bias)
@@ -199,19 +219,18 @@ class LowBitLinear(KernelLinear):
         # in a list, or it would become a submodule
         self._following = [linear]
 
-    def choice(self, num_tokens: int) -> Choice:
-        """The path for as many tokens; inputs of 16 bits are never rounded to fewer."""
-        found = self.policy.choose(num_tokens)
-        if self.act_format is None and found.path in ("w4a4", "w4a8"):
+    def choice(self, image_tokens: int | None) -> Choice:
+        """Inputs of 16 bits are never rounded to fewer."""
+        found = self.policy.choose(image_tokens, self.out_features, self.in_features)
+        if self.act_format is None and found.path in ("w4a4", "w4a8", "w8a8"):
             return Choice("bf16", "the recipe leaves inputs in 16 bits")
         if found.path == "w4a4" and self.act_format is not None and self.act_format.nbits == 8:
             return Choice("w4a8", "the recipe gives inputs 8 bits")
         return found
 
-    def coding(self, num_tokens: int) -> Coding:
+    def coding(self, path: str) -> Coding:
         from var_compressor.ops import inputs
 
-        path = self.choice(num_tokens).path
         if path == "w4a8":
             return inputs.Coding(inputs.FP8_TOKEN if self.policy.has_fp8 else inputs.INT8_TOKEN)
         if path == "w4a4":
@@ -224,7 +243,10 @@ class LowBitLinear(KernelLinear):
                 as_fp8=self.policy.has_fp8,
                 shift=self.shift,
             )
-        return inputs.Coding(inputs.SMOOTHED if path == "w4a16" else inputs.UNSMOOTHED)
+        return inputs.Coding(inputs.SMOOTHED)
+
+    def has_branch(self, path: str) -> bool:
+        return path in ("w4a4", "w4a16") or (path == "w4a8" and not self.policy.has_fp8)
 
     def form(self, path: str) -> Form | None:
         """What a path unpacks the weight to, if it does."""
@@ -234,12 +256,12 @@ class LowBitLinear(KernelLinear):
             return None
         return Form(torch.float8_e4m3fn, per_row=path == "w4a8")
 
-    def multiply(self, x: CodedInput) -> Tensor:
-        path = self.choice(len(x.values_MK)).path
+    def multiply(self, x: CodedInput, image_tokens: int | None) -> Tensor:
+        path = self.choice(image_tokens).path
         form = self.form(path)
         weight = self.qweight if form is None else self.scratch.weight(self, form)
         if self.following is not None:
-            following = self.following.choice(len(x.values_MK)).path
+            following = self.following.choice(image_tokens).path
             if (coming := self.following.form(following)) is not None:
                 self.scratch.make_ahead(self.following, coming)
         product = {"w4a4": self._w4a4, "w4a8": self._w4a8, "w4a16": self._w4a16, "bf16": self._bf16}
@@ -286,8 +308,7 @@ class LowBitLinear(KernelLinear):
     ) -> Tiles:
         from var_compressor.ops import gemm
 
-        gpu = gemm.GPU(self.policy.capability, self.policy.num_processors)
-        return gemm.tiles_for(op, x.values_MK, weight, gpu)
+        return gemm.tiles_for(op, x.values_MK, weight, self.policy.gpu)
 
     def room(self, form: Form, buffer: Tensor) -> Tensor:
         """The place of the unpacked weight in a buffer."""
@@ -302,7 +323,7 @@ class LowBitLinear(KernelLinear):
         if form.dtype.itemsize == 1 and not form.per_row:
             return gemm.expand_codes(self.qweight, group_size=self.group_size, out_NK=out_NK)
         return gemm.merge_weight(
-            self.qweight, self.wscales_GN, self.smooth_factor, self.proj_down, self.proj_up,
+            self.qweight, self.wscales_GN, self.proj_down, self.proj_up,
             self.row_scales_N if form.per_row else None, out_NK=out_NK,
         )  # fmt: skip
 
@@ -310,6 +331,48 @@ class LowBitLinear(KernelLinear):
         """Of the widest form that the policy may ask for."""
         wide = self.policy.asked == "bf16" or self.act_format is None or not self.policy.has_fp8
         return self.out_features * self.in_features * (self.dtype.itemsize if wide else 1)
+
+
+class UnpackedLinear(KernelLinear):
+    """The product of w4a8 in e4m3 with its weight unpacked for good: a byte each, no scratch."""
+
+    smooth_factor: Tensor
+    inverse_smooth: Tensor
+    proj_down = None
+    weight_NK: Tensor
+    row_scales_N: Tensor
+    bias: Tensor
+
+    def __init__(self, packed: LowBitLinear) -> None:
+        super().__init__()
+        assert packed.row_scales_N is not None
+        self.policy, self.dtype = packed.policy, packed.dtype
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        form = Form(torch.float8_e4m3fn, per_row=True)
+        room = packed.qweight.new_empty(self.out_features * self.in_features)
+        self.register_buffer("weight_NK", packed.expand(form, room))
+        self.register_buffer("row_scales_N", packed.row_scales_N)
+        self.register_buffer("smooth_factor", packed.smooth_factor)
+        self.register_buffer("inverse_smooth", packed.inverse_smooth)
+        self.register_buffer("bias", packed.plain_bias)
+
+    def choice(self, image_tokens: int | None) -> Choice:
+        return Choice("w8a8", "asked for")
+
+    def coding(self, path: str) -> Coding:
+        from var_compressor.ops import inputs
+
+        return inputs.Coding(inputs.FP8_TOKEN)
+
+    def multiply(self, x: CodedInput, image_tokens: int | None) -> Tensor:
+        from var_compressor.ops import gemm
+
+        assert x.xscales_GM is not None
+        return gemm.gemm_rows(
+            x.values_MK, x.xscales_GM[0], self.weight_NK, self.row_scales_N, self.bias,
+            tiles=gemm.tiles_for("rows", x.values_MK, self.weight_NK, self.policy.gpu),
+            dtype=self.dtype,
+        )  # fmt: skip
 
 
 def has_kernels(linear: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from var_compressor.artifact import (
 )
 from var_compressor.models.config import InfinityConfig, config_from_dict
 from var_compressor.models.directory import meta_transformer
+from var_compressor.models.tensor_files import OnTensor
 from var_compressor.models.transformer import Infinity
 from var_compressor.ops import reference as ops
 from var_compressor.ops.packing import pack_codes, unpack_codes
@@ -207,11 +208,17 @@ def linear_specs(spec: QuantSpec, block: nn.Module, index: int) -> dict[str, Lin
 
 
 def load_compressed(
-    folder: Path, manifest: Manifest, *, dtype: torch.dtype, device: torch.device | str
+    folder: Path,
+    manifest: Manifest,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    on_tensor: OnTensor | None = None,
 ) -> Infinity:
     """The transformer of an artifact: packed weights as stored, other block tensors in ``dtype``.
 
-    Weights stay packed from the file to the multiplication.
+    Weights stay packed from the file to the multiplication, and go to ``device`` block by block;
+    ``on_tensor`` hears of every file: its name and bytes.
     Raises: ArtifactError naming file and tensor when something does not fit.
     """
     config = config_from_dict(InfinityConfig, manifest.config, f"{folder}: config")
@@ -220,6 +227,8 @@ def load_compressed(
     for index, block in enumerate(model.blocks):
         swap_linears(block, linear_specs(spec, block, index))
         _fill(block, folder / block_file(index), device)
+        if on_tensor is not None:
+            on_tensor(block_file(index), manifest.files[block_file(index)]["bytes"])
     outside = {n: t for n, t in model.state_dict().items() if not n.startswith("blocks.")}
     _fill(model, folder / TRANSFORMER_FILE, device, expected=outside)
     return model.requires_grad_(False).eval()

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from var_compressor.models.config import InfinityConfig
-from var_compressor.models.tensor_files import CheckpointError, TensorSource, open_tensors
+from var_compressor.models.tensor_files import (
+    CheckpointError,
+    OnTensor,
+    TensorSource,
+    check_zip,
+    open_tensors,
+)
 from var_compressor.models.transformer import Infinity
 from var_compressor.models.vae import VAE
 
@@ -68,7 +74,7 @@ _IN_BLOCK = {
     "ffn.fc2.bias": ("ffn.fc2.bias",),
 }
 # in official files without being weights: derived tables and masks
-_IGNORED = re.compile(
+DERIVED = re.compile(
     r"(.*\.)?(lvl_1L|attn_bias_for_masking|Infinity_visible_kvlen|Infinity_invisible_qlen"
     r"|quantizer?\.lfq\.mask|quantize\.lfq\.mask)$"
 )
@@ -144,32 +150,57 @@ def load_official_vae(model: VAE, path: str | Path, *, device: torch.device | st
     assign(model, source, vae_names(model, source.names()), device)
 
 
-def load_own(model: nn.Module, path: str | Path, *, device: torch.device | str = "cpu") -> None:
+def load_own(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    on_tensor: OnTensor | None = None,
+) -> None:
     """Fill a model that was built on the meta device from tensors that carry our own names."""
-    assign(model, open_tensors(path), {name: (name,) for name in model.state_dict()}, device)
+    names: NameMap = {name: (name,) for name in model.state_dict()}
+    assign(model, open_tensors(path), names, device, on_tensor)
 
 
 def official_transformer(path: str | Path) -> TensorSource:
     """A state dict, or a training checkpoint that holds one under ``["trainer"]["gpt_fsdp"]``."""
-    return open_tensors(path, sub_keys=(("trainer", "gpt_fsdp"),))
+    return _whole(open_tensors(path, sub_keys=(("trainer", "gpt_fsdp"),)))
 
 
 def official_vae(path: str | Path) -> TensorSource:
     """A state dict, or a checkpoint that holds one under ``["vae"]``, as the published ones do."""
-    return open_tensors(path, sub_keys=(("vae",),))
+    return _whole(open_tensors(path, sub_keys=(("vae",),)))
+
+
+def _whole(source: TensorSource) -> TensorSource:
+    """The source, its files' checksums compared; safetensors have none."""
+    for file in source.files:
+        if file.suffix != ".safetensors":
+            check_zip(file)
+    return source
 
 
 def assign(
-    model: nn.Module, source: TensorSource, names: NameMap, device: torch.device | str
+    model: nn.Module,
+    source: TensorSource,
+    names: NameMap,
+    device: torch.device | str,
+    on_tensor: OnTensor | None = None,
 ) -> None:
     """Fill every tensor of ``model`` (on the meta device) from ``source``.
+
+    ``on_tensor`` hears of each: its name and bytes.
 
     Floating tensors are cast to the dtype that the model's own tensor has; one that has it already
     stays mapped to its file, so that loading costs no memory of its own.
     Raises: CheckpointError for missing, left-over or mis-shaped tensors.
     """
     expected = model.state_dict()
-    state = {name: tensor.to(device) for name, tensor in mapped_tensors(expected, source, names)}
+    state = {}
+    for name, tensor in mapped_tensors(expected, source, names):
+        state[name] = tensor.to(device)
+        if on_tensor is not None:
+            on_tensor(name, tensor.nbytes)
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False).eval()
 
@@ -184,7 +215,7 @@ def mapped_tensors(
     present = source.names()
     wanted = {part for parts in names.values() for part in parts}
     missing = {name for name in wanted - present if not name.endswith("zero_k_bias")}
-    foreign = {name for name in present - wanted if not _IGNORED.match(name)}
+    foreign = {name for name in present - wanted if not DERIVED.match(name)}
     if missing or foreign:
         raise CheckpointError(_mismatch(source.where, missing, foreign))
     for ours, parts in names.items():

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -39,7 +39,7 @@ from var_compressor.models.config import (
     config_from_dict,
     config_to_dict,
 )
-from var_compressor.models.tensor_files import CheckpointError
+from var_compressor.models.tensor_files import CheckpointError, OnTensor
 from var_compressor.models.text_encoder import FLAN_T5_XL, T5Shape
 from var_compressor.models.transformer import Infinity
 from var_compressor.models.vae import VAE
@@ -58,8 +58,6 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-
-OnTensor = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -188,13 +186,17 @@ def is_ours(directory: Path) -> bool:
 
 
 def load_transformer(
-    directory: str | Path, *, dtype: torch.dtype, device: torch.device | str
+    directory: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    on_tensor: OnTensor | None = None,
 ) -> Infinity:
     """The transformer of a model directory, blocks in ``dtype``, everything else in float32."""
     folder = Path(directory) / "transformer"
     config = read_transformer_config(folder)
     model = meta_transformer(config, dtype)
-    load_own(model, folder, device=device)
+    load_own(model, folder, device=device, on_tensor=on_tensor)
     return model
 
 

@@ -12,7 +12,7 @@ float32 in ascending order, starting from low up^T + bias, as in `reference.gemm
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel cuts its work, how deep it loads ahead, and whether by Hopper's copy engine."""
+    """How a kernel cuts its work, how deep it loads ahead, and whether by Hopper's copy engine.
+
+    ``splits`` of the input channels are summed by programs of their own, and then added in
+    ascending order by a second kernel: for so few tokens that there are too few programs.
+    """
 
     m: int
     n: int
@@ -31,6 +35,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     tma: bool = False
+    splits: int = 1
 
 
 def gemm_groups(
@@ -86,18 +91,23 @@ def gemm_rows(
     N = len(weight_NK)
     y_MN = torch.empty(M, N, dtype=dtype, device=codes_MK.device)
     x, w = _operands(codes_MK, weight_NK, tiles, tiles.k)
-    _gemm_rows[(triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n),)](
-        x, xscales_M, w, wscales_N, y_MN if bias_N is None else bias_N, y_MN,
-        M, N, K,
+    depth, splits = _depth(K, tiles)
+    parts = y_MN if splits == 1 else torch.empty(splits, M, N, device=y_MN.device)
+    bias = y_MN if bias_N is None else bias_N
+    _gemm_rows[(triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n), splits)](
+        x, xscales_M, w, wscales_N, bias, parts,
+        M, N, K, depth,
         TMA=tiles.tma,
         EVEN_K=K % tiles.k == 0,
-        HAS_BIAS=bias_N is not None,
+        HAS_BIAS=bias_N is not None and splits == 1,
         BLOCK_M=tiles.m,
         BLOCK_N=tiles.n,
         BLOCK_K=tiles.k,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )  # fmt: skip
+    if splits > 1:
+        _add_splits(parts, y_MN, None, None, bias_N)
     return y_MN
 
 
@@ -114,36 +124,56 @@ def gemm_w4a16(
 ) -> Tensor:
     """16-bit inputs times 4-bit weights, unpacked in registers, a group's scale on its dot.
 
-    ``tiles.k`` channels per program; their sums are added in ascending order by a second kernel.
+    ``tiles.k`` is not used: a group at a time.
     """
     M, K = x_MK.shape
     N, G = len(qweight_NJ), len(wscales_GN)
     group = K // G
     y_MN = torch.empty(M, N, dtype=dtype, device=x_MK.device)
-    splits = triton.cdiv(K, tiles.k)
+    depth, splits = _depth(K, replace(tiles, k=group))
     parts = y_MN if splits == 1 else torch.empty(splits, M, N, device=x_MK.device)
-    epilogue = _epilogue(y_MN, low_MR, up_NR, bias_N)
-    switches: dict[str, Any] = {
-        "RANK": 0 if low_MR is None else low_MR.shape[1],
-        "HAS_BIAS": bias_N is not None,
-    }
     _gemm_w4a16[(triton.cdiv(M, tiles.m) * triton.cdiv(N, tiles.n), splits)](
-        x_MK, qweight_NJ, wscales_GN, *epilogue, parts,
-        M, N, K, tiles.k // group,
+        x_MK, qweight_NJ, wscales_GN, *_epilogue(y_MN, low_MR, up_NR, bias_N), parts,
+        M, N, K, depth // group,
         GROUP=group,
+        RANK=0 if low_MR is None else low_MR.shape[1],
+        HAS_BIAS=bias_N is not None,
         IS_SPLIT=splits > 1,
         BLOCK_M=tiles.m,
         BLOCK_N=tiles.n,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-        **switches,
     )  # fmt: skip
     if splits > 1:
-        _sum_splits[(triton.cdiv(M, 16), triton.cdiv(N, 64))](
-            parts, *epilogue, y_MN, M, N,
-            SPLITS=splits, BLOCK_M=16, BLOCK_N=64, num_warps=2, **switches,
-        )  # fmt: skip
+        _add_splits(parts, y_MN, low_MR, up_NR, bias_N)
     return y_MN
+
+
+def _depth(K: int, tiles: Tiles) -> tuple[int, int]:
+    """Channels per program, whole tiles of them, and into how many parts that splits K."""
+    depth = triton.cdiv(triton.cdiv(K, tiles.splits), tiles.k) * tiles.k
+    return depth, triton.cdiv(K, depth)
+
+
+def _add_splits(
+    parts_SMN: Tensor,
+    y_MN: Tensor,
+    low_MR: Tensor | None,
+    up_NR: Tensor | None,
+    bias_N: Tensor | None,
+) -> None:
+    """y = low up^T + bias + the parts, in ascending order."""
+    splits, M, N = parts_SMN.shape
+    _sum_splits[(triton.cdiv(M, 16), triton.cdiv(N, 64))](
+        parts_SMN, *_epilogue(y_MN, low_MR, up_NR, bias_N), y_MN,
+        M, N,
+        SPLITS=splits,
+        RANK=0 if low_MR is None else low_MR.shape[1],
+        HAS_BIAS=bias_N is not None,
+        BLOCK_M=16,
+        BLOCK_N=64,
+        num_warps=2,
+    )  # fmt: skip
 
 
 def expand_codes(qweight_NJ: Tensor, *, group_size: int, out_NK: Tensor) -> Tensor:
@@ -154,22 +184,20 @@ def expand_codes(qweight_NJ: Tensor, *, group_size: int, out_NK: Tensor) -> Tens
 def merge_weight(
     qweight_NJ: Tensor,
     wscales_GN: Tensor,
-    smooth_K: Tensor,
     down_RK: Tensor | None,
     up_NR: Tensor | None,
     row_scales_N: Tensor | None,
     *,
     out_NK: Tensor,
 ) -> Tensor:
-    """The whole weight as it acts on inputs that are not smoothed, natural channel order.
+    """The whole weight as it acts on smoothed inputs, branch and all; natural channel order.
 
-    out_NK = (code * wscale + up down) / smooth / row scale, computed in float32 and rounded: e4m3
-    with row scales, or 16-bit floats without.
+    out_NK = (code * wscale + up down) / row scale. With row scales, which bring it into the range
+    of e4m3, code * wscale is rounded to float16 and up / row scale to bf16, far below the rounding
+    of e4m3; without, everything is float32 until it is rounded to out_NK's 16 bits.
     """
     group_size = 2 * qweight_NJ.shape[1] // len(wscales_GN)
-    return _launch_expand(
-        qweight_NJ, group_size, out_NK, wscales_GN, smooth_K, down_RK, up_NR, row_scales_N
-    )
+    return _launch_expand(qweight_NJ, group_size, out_NK, wscales_GN, down_RK, up_NR, row_scales_N)
 
 
 def _launch_expand(
@@ -177,14 +205,13 @@ def _launch_expand(
     group_size: int,
     out_NK: Tensor,
     wscales_GN: Tensor | None = None,
-    smooth_K: Tensor | None = None,
     down_RK: Tensor | None = None,
     up_NR: Tensor | None = None,
     row_scales_N: Tensor | None = None,
 ) -> Tensor:
     N, K = out_NK.shape
-    rows, groups = 64, 8
-    optional = (wscales_GN, smooth_K, down_RK, up_NR, row_scales_N)
+    rows, groups = 64, 14
+    optional = (wscales_GN, down_RK, up_NR, row_scales_N)
     rank = 0 if down_RK is None else len(down_RK)
     _expand_weight[(triton.cdiv(N, rows), triton.cdiv(K // group_size, groups))](
         qweight_NJ, *(out_NK if one is None else one for one in optional), out_NK,
@@ -197,6 +224,7 @@ def _launch_expand(
         BLOCK_N=rows,
         GROUPS=groups,
         num_warps=4,
+        num_stages=3,
     )  # fmt: skip
     return out_NK
 
@@ -306,7 +334,7 @@ def _gemm_groups(
 @triton.jit
 def _gemm_rows(
     x_ptr, xscales_ptr, w_ptr, wscales_ptr, bias_ptr, y_ptr,
-    M, N, K,
+    M, N, K, channels_per_split,
     TMA: tl.constexpr, EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -317,7 +345,9 @@ def _gemm_rows(
     m_in, n_in = m % M, n % N
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
+    split = tl.program_id(1)
+    first_k = split * channels_per_split
+    for start in range(first_k, tl.minimum(first_k + channels_per_split, K), BLOCK_K):
         if TMA:
             x = x_ptr.load([first_m, start])
             w = tl.trans(w_ptr.load([first_n, start]))
@@ -338,7 +368,7 @@ def _gemm_rows(
     acc = total * xscale[:, None] * wscale[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + n, mask=is_n, other=0.0).to(tl.float32)[None, :]
-    y = y_ptr + m[:, None] * N + n[None, :]
+    y = y_ptr + split.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=is_m[:, None] & is_n[None, :])
 
 
@@ -414,49 +444,45 @@ def _sum_splits(
 
 @triton.jit
 def _expand_weight(
-    w_ptr, wscales_ptr, smooth_ptr, down_ptr, up_ptr, row_scales_ptr, out_ptr,
+    w_ptr, wscales_ptr, down_ptr, up_ptr, row_scales_ptr, out_ptr,
     N, K,
     HALF: tl.constexpr, IS_MERGED: tl.constexpr, HAS_ROW_SCALES: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_n = n < N
-    h = tl.arange(0, HALF)
+    is_n = (n < N)[:, None]
+    n_in = n % N
+    h = tl.arange(0, HALF)[None, :]
     r = tl.arange(0, PADDED_RANK)
-    G = K // (2 * HALF)
+    is_rank = (r < RANK)[:, None]
+    w_rows = w_ptr + n_in[:, None] * (K // 2) + h
+    out_rows = out_ptr + n[:, None] * K + h
+    down_rows = down_ptr + r[:, None] * K + h
+    if HAS_ROW_SCALES:
+        per_row = 1.0 / tl.load(row_scales_ptr + n_in)
     if RANK > 0:
         up = tl.load(
-            up_ptr + n[:, None] * RANK + r[None, :],
-            mask=is_n[:, None] & (r < RANK)[None, :],
-            other=0.0,
+            up_ptr + n_in[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0
         )
-    if HAS_ROW_SCALES:
-        per_row = 1.0 / tl.load(row_scales_ptr + n, mask=is_n, other=1.0)
-    for i in range(GROUPS):
-        g = tl.program_id(1) * GROUPS + i
-        inside = is_n[:, None] & (g < G)
-        signed = tl.load(
-            w_ptr + n[:, None] * (K // 2) + (g * HALF + h)[None, :], mask=inside, other=0
-        ).to(tl.int8, bitcast=True)
-        lower, upper = ((signed << 4) >> 4).to(tl.float32), (signed >> 4).to(tl.float32)
-        k = g * 2 * HALF + h
-        if IS_MERGED:
-            wscale = tl.load(wscales_ptr + g * N + n, mask=is_n & (g < G), other=0.0)
-            lower *= wscale.to(tl.float32)[:, None]
-            upper *= wscale.to(tl.float32)[:, None]
-            if RANK > 0:
-                down_ptrs = down_ptr + r[:, None] * K + k[None, :]
-                is_rank = (r < RANK)[:, None] & (g < G)
-                lower = tl.dot(up, tl.load(down_ptrs, mask=is_rank, other=0.0), lower)
-                upper = tl.dot(up, tl.load(down_ptrs + HALF, mask=is_rank, other=0.0), upper)
-            lower /= tl.load(smooth_ptr + k, mask=g < G, other=1.0)[None, :]
-            upper /= tl.load(smooth_ptr + k + HALF, mask=g < G, other=1.0)[None, :]
         if HAS_ROW_SCALES:
-            lower *= per_row[:, None]
-            upper *= per_row[:, None]
-        out = out_ptr + n[:, None] * K + k[None, :]
-        tl.store(out, lower.to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(out + HALF, upper.to(out_ptr.dtype.element_ty), mask=inside)
+            up = (up.to(tl.float32) * per_row[:, None]).to(up_ptr.dtype.element_ty)
+    first = tl.program_id(1) * GROUPS
+    for g in range(first, tl.minimum(first + GROUPS, K // (2 * HALF))):
+        lower, upper = _nibbles(tl.load(w_rows + g * HALF), tl.float16)
+        if IS_MERGED:
+            wscale = tl.load(wscales_ptr + g * N + n_in).to(tl.float32)
+            if HAS_ROW_SCALES:
+                # two products in every instruction, where the range is known
+                wscale = (wscale * per_row).to(tl.float16)
+            lower = (lower * wscale[:, None]).to(tl.float32)
+            upper = (upper * wscale[:, None]).to(tl.float32)
+            if RANK > 0:
+                down = down_rows + 2 * HALF * g
+                lower = tl.dot(up, tl.load(down, mask=is_rank, other=0.0), lower)
+                upper = tl.dot(up, tl.load(down + HALF, mask=is_rank, other=0.0), upper)
+        out = out_rows + 2 * HALF * g
+        tl.store(out, lower.to(out_ptr.dtype.element_ty), mask=is_n)
+        tl.store(out + HALF, upper.to(out_ptr.dtype.element_ty), mask=is_n)
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -481,13 +507,15 @@ def tiles_for(
     if op == "w4a16":
         m = 16 if M <= 16 else 32 if M <= 32 else 64
         n = 128 if N * K >= 2**25 and m < 64 else 64
-        return Tiles(m, n, 1024 if N * K >= 2**24 else 512, 4, 5)
+        return Tiles(m, n, 0, 4, 5, splits=triton.cdiv(K, 1024 if N * K >= 2**24 else 512))
     if op == "groups":
         if weight.dtype == torch.uint8:
             return Tiles(128, 64, 64, 4, 4) if M > 64 else Tiles(64, 64, 64, 4, 4)
         return Tiles(64, 128, 64, 4, 5, tma=is_hopper)
     if not is_hopper:
         return Tiles(128, 128, 64, 4, 3)
-    if triton.cdiv(M, 128) * triton.cdiv(N, 256) < gpu.num_processors:
-        return Tiles(128, 128, 128, 4, 4, tma=True)
-    return Tiles(128, 256, 128, 8, 4, tma=True)
+    if triton.cdiv(M, 128) * triton.cdiv(N, 256) >= gpu.num_processors:
+        return Tiles(128, 256, 128, 8, 4, tma=True)
+    small = Tiles(64 if M <= 64 else 128, 128, 128, 4, 4, tma=True)
+    num_programs = triton.cdiv(M, small.m) * triton.cdiv(N, small.n)
+    return replace(small, splits=max(1, min(8, gpu.num_processors // num_programs, K // 512)))

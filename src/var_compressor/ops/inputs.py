@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 PLAIN, GELU, NORM = 0, 1, 2
-# what x_hat becomes: 16 bits without and with smoothing, or codes; FP8_TOKEN is not smoothed either
+# what x_hat becomes: 16 bits without and with smoothing, or codes
 UNSMOOTHED, SMOOTHED, INT_GROUPS, INT8_TOKEN, FP8_TOKEN = 0, 1, 2, 3, 4
 
 
@@ -79,6 +79,7 @@ def prepare(
     *,
     smooth_K: Tensor | None,
     down_NK: Tensor | None,
+    inverse_smooth_K: Tensor | None = None,
     source: int | Norm = PLAIN,
     tokens_per_row: int = 1,
     dtype: torch.dtype,
@@ -86,7 +87,9 @@ def prepare(
     """The input of a linear from its source, in one kernel.
 
     x_MK: 16 or 32 bit floats, or with a `Norm` the float32 residual stream (updated in place).
-    smooth_K float32 and down_NK bf16 belong to the linear; None where the weight holds them.
+    smooth_K float32 and down_NK bf16 belong to the linear; down_NK None where the weight holds the
+    branch. Codes of 4 bits are divided by smooth_K, which is exact; everything else is multiplied
+    by inverse_smooth_K, which is fast, and taken from smooth_K where it is None.
     dtype: what the network runs in, which the source is rounded to before smoothing.
     """
     M, K = x_MK.shape
@@ -99,6 +102,8 @@ def prepare(
     xscales_GM = torch.empty(num_groups, M, device=device) if has_scales else None
     low_MN = torch.empty(M, rank, dtype=torch.bfloat16, device=device) if rank else None
     norm = source if isinstance(source, Norm) else None
+    if coding.kind != INT_GROUPS and smooth_K is not None:
+        smooth_K = 1 / smooth_K if inverse_smooth_K is None else inverse_smooth_K
     tensors = (
         x_MK,
         x_MK.stride(0),
@@ -111,7 +116,6 @@ def prepare(
         "SOURCE": NORM if norm else source,
         "HAS_UPDATE": norm is not None and norm.update_MK is not None,
         "HAS_UPDATE_GAIN": norm is not None and norm.update_gain_RK is not None,
-        "SHIFTED": coding.shift != 0,
         "ROUND_TO": _TRITON[dtype],
     }
     if coding.kind == INT_GROUPS:
@@ -119,11 +123,13 @@ def prepare(
         return CodedInput(values_MK, xscales_GM, low_MN)
     block = triton.next_power_of_2(K)
     _prepare_rows[(M,)](
-        *tensors, K, tokens_per_row, coding.shift,
+        *tensors, K, tokens_per_row,
         IS_SMOOTHED=smooth_K is not None,
         CODING=coding.kind,
+        IS_NATIVE=not triton.knobs.runtime.interpret,
         BLOCK_K=block,
-        num_warps=max(1, min(16, block // 512)),
+        # a norm waits for two sums over the row, the others compute more per channel
+        num_warps=max(1, min(16, block // 256) if norm else min(8, block // 512)),
         **switches,
     )  # fmt: skip
     if low_MN is not None:
@@ -159,6 +165,8 @@ def _launch_groups(
         PADDED_RANK=max(16, triton.next_power_of_2(rank)),
         BLOCK_M=block_m,
         BLOCK_K=block_k,
+        SHIFTED=coding.shift != 0,
+        IS_NATIVE=not triton.knobs.runtime.interpret,
         num_warps=8 if few else 4,
         **switches,
     )  # fmt: skip
@@ -243,10 +251,15 @@ def _norm_arguments(norm: Norm | None, unused: Tensor) -> tuple[object, ...]:
 
 
 @triton.jit
-def _gelu(x):
-    # tanh(z) = 1 - 2 / (exp(2z) + 1), which neither overflows to NaN nor needs a library
-    z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return x * (1.0 - 1.0 / (tl.exp(2.0 * z) + 1.0))
+def _gelu(x, IS_NATIVE: tl.constexpr):
+    """x sigmoid(2 z) of the tanh approximation; the power of e as one of 2."""
+    power = tl.exp2(x * (-2.302208198 - 0.1029432397 * x * x))
+    if IS_NATIVE:
+        # a division checks its range, which is known here
+        return x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, is_pure=True, pack=1
+        )
+    return x / (1.0 + power)
 
 
 @triton.jit
@@ -281,20 +294,20 @@ def _prepare_rows(
     x_ptr, x_stride,
     gain_ptr, gain_stride, bias_ptr, bias_stride,
     update_ptr, update_stride, update_gain_ptr, update_gain_stride,
-    smooth_ptr, values_ptr, xscales_ptr,
-    K, tokens_per_row, shift,
+    inverse_smooth_ptr, values_ptr, xscales_ptr,
+    K, tokens_per_row,
     SOURCE: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_UPDATE_GAIN: tl.constexpr,
-    SHIFTED: tl.constexpr, IS_SMOOTHED: tl.constexpr, ROUND_TO: tl.constexpr,
-    CODING: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_SMOOTHED: tl.constexpr, ROUND_TO: tl.constexpr, CODING: tl.constexpr,
+    IS_NATIVE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One token, all of it in registers."""
+    """One token, all of it in registers; 0 past its channels, up to the end."""
     m = tl.program_id(0).to(tl.int64)
     row = m // tokens_per_row
     k = tl.arange(0, BLOCK_K)
     inside = k < K
     x = tl.load(x_ptr + m * x_stride + k, mask=inside, other=0.0).to(tl.float32)
     if SOURCE == 1:
-        x = _gelu(x)
+        x = _gelu(x, IS_NATIVE)
     if SOURCE == 2:
         if HAS_UPDATE:
             update = tl.load(update_ptr + m * update_stride + k, mask=inside, other=0.0)
@@ -312,19 +325,17 @@ def _prepare_rows(
         x = deviation * rstd * gain
         x += tl.load(bias_ptr + row * bias_stride + k, mask=inside, other=0.0)
     x = x.to(ROUND_TO).to(tl.float32)
-    if SHIFTED:
-        x += shift
     if IS_SMOOTHED:
-        x = x / tl.load(smooth_ptr + k, mask=inside, other=1.0)
+        x *= tl.load(inverse_smooth_ptr + k, mask=inside, other=0.0)
     values = values_ptr + m * K + k
     if CODING < 2:
         tl.store(values, x.to(values_ptr.dtype.element_ty), mask=inside)
     else:
-        limit: tl.constexpr = 127.0 if CODING == 3 else 448.0
-        largest = tl.max(tl.where(inside, tl.abs(x), 0.0), axis=0)
-        xscale = tl.where(largest == 0.0, 1.0, largest / limit)
+        largest = tl.max(tl.abs(x), axis=0)
+        xscale = tl.where(largest == 0.0, 1.0, largest / (127.0 if CODING == 3 else 448.0))
         tl.store(xscales_ptr + m, xscale)
-        y = tl.minimum(tl.maximum(x * (1.0 / xscale), -limit), limit)
+        # the largest may come out an ulp above the limit, which rounds to the limit
+        y = x * (1.0 / xscale)
         if CODING == 3:
             y = _round_half_even(y)
         tl.store(values, y.to(values_ptr.dtype.element_ty), mask=inside)
@@ -400,7 +411,7 @@ def _prepare_groups(
     M, K, tokens_per_row, shift,
     SOURCE: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_UPDATE_GAIN: tl.constexpr,
     SHIFTED: tl.constexpr, ROUND_TO: tl.constexpr,
-    GROUP: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
+    IS_NATIVE: tl.constexpr, GROUP: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
     RANK: tl.constexpr, PADDED_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -448,7 +459,7 @@ def _prepare_groups(
         x = tl.load(x_ptr + m[:, None] * x_stride + k[None, :], mask=inside, other=0.0)
         x = x.to(tl.float32)
         if SOURCE == 1:
-            x = _gelu(x)
+            x = _gelu(x, IS_NATIVE)
         if SOURCE == 2:
             gain = tl.load(gain_ptr + row * gain_stride + k, mask=k < K, other=0.0)
             bias = tl.load(bias_ptr + row * bias_stride + k, mask=k < K, other=0.0)
