@@ -77,8 +77,8 @@ def compile_inputs(coded, floats, capability):
         compiled(inputs._prepare_rows, types, switches | more, capability=capability)
         for block_m in (1, 16):
             more = {
-                "SHIFTED": True, "GROUP": 64, "LOWEST": -7, "HIGHEST": 7, "RANK": 32, "PADDED_RANK": 32,
-                "BLOCK_M": block_m, "BLOCK_K": 128,
+                "SHIFTED": True, "GROUP": 64, "LOWEST": -7, "HIGHEST": 7, "RANK": 32,
+                "PADDED_RANK": 32, "BLOCK_M": block_m, "BLOCK_K": 128,
             }  # fmt: skip
             compiled(inputs._prepare_groups, types, switches | more, capability=capability)
     types = floats | rows | {"values_ptr": coded}
