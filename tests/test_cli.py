@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from var_compressor import cli
@@ -137,6 +138,16 @@ def test_doctor_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "compute paths" in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures where there is a GPU")
+def test_without_a_gpu_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "doctor", "--measure", "infinity-2b") == 2
+    assert "nothing to measure: reference everywhere" in capsys.readouterr().err
+    assert run_main(monkeypatch, "doctor", "--measure", "infinity-9b") == 2
+    assert "infinity-9b: no such directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("capability", "ready"),
     [
@@ -144,8 +155,8 @@ def test_doctor_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         ((7, 5), set()),
         ((8, 0), {"w4a4", "w4a8-int8", "w4a16", "bf16"}),
         ((8, 7), {"w4a4", "w4a8-int8", "w4a16", "bf16"}),
-        ((8, 9), {"w4a4", "w4a8-int8", "w4a8-fp8", "w4a16", "bf16"}),
-        ((9, 0), {"w4a4", "w4a8-int8", "w4a8-fp8", "w4a16", "bf16"}),
+        ((8, 9), {"w4a4", "w4a8-int8", "w4a8-fp8", "w4a16", "w8a8", "bf16"}),
+        ((9, 0), {"w4a4", "w4a8-int8", "w4a8-fp8", "w4a16", "w8a8", "bf16"}),
     ],
 )
 def test_compute_paths_follow_the_gpu(capability: tuple[int, int] | None, ready: set[str]) -> None:

@@ -17,6 +17,7 @@ from var_compressor.models.sampling import (
     seeded_generators,
 )
 from var_compressor.models.schedule import Level, Schedule
+from var_compressor.pipeline import InfinityPipeline
 
 PATCHIFY = pytest.mark.parametrize("patchify", [False, True])
 # as long as the schedule of the 0.06M budget
@@ -297,3 +298,12 @@ def test_wrong_text_is_named():
         pipeline.generate(random_text((2,)), seed=[1, 2])
     with pytest.raises(ValueError, match="1 negative prompts for 2"):
         pipeline.generate(random_text((2, 3)), seed=0, negative=random_text((2,)))
+
+
+def test_loading_tells_of_the_bytes_it_read(model_dir, artifact_dir):
+    for source in (model_dir, artifact_dir):
+        told = {}
+        InfinityPipeline.from_pretrained(source, dtype=torch.float32, on_tensor=told.setdefault)
+        total = InfinityPipeline.stored_bytes(source)
+        # a file has a header, and an artifact what lies outside its blocks
+        assert 0.5 * total < sum(told.values()) <= total

@@ -224,24 +224,23 @@ def load_compressed(
     config = config_from_dict(InfinityConfig, manifest.config, f"{folder}: config")
     spec = QuantSpec.from_dict(manifest.spec)
     model = meta_transformer(config, dtype)
+
+    def fill(module: nn.Module, name: str, expected: Mapping[str, Tensor]) -> None:
+        _fill(module, folder / name, device, expected)
+        if on_tensor is not None:
+            on_tensor(name, manifest.files[name]["bytes"])
+
     for index, block in enumerate(model.blocks):
         swap_linears(block, linear_specs(spec, block, index))
-        _fill(block, folder / block_file(index), device)
-        if on_tensor is not None:
-            on_tensor(block_file(index), manifest.files[block_file(index)]["bytes"])
+        fill(block, block_file(index), block.state_dict())
     outside = {n: t for n, t in model.state_dict().items() if not n.startswith("blocks.")}
-    _fill(model, folder / TRANSFORMER_FILE, device, expected=outside)
+    fill(model, TRANSFORMER_FILE, outside)
     return model.requires_grad_(False).eval()
 
 
 def _fill(
-    module: nn.Module,
-    path: Path,
-    device: torch.device | str,
-    *,
-    expected: Mapping[str, Tensor] | None = None,
+    module: nn.Module, path: Path, device: torch.device | str, expected: Mapping[str, Tensor]
 ) -> None:
-    expected = module.state_dict() if expected is None else expected
     tensors = read_tensors(path, str(device))
     for name in sorted(expected.keys() | tensors.keys()):
         wanted, found = _kind(expected.get(name)), _kind(tensors.get(name))
