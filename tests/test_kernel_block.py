@@ -12,12 +12,20 @@ from tiny import random_text, tiny_pipeline
 pytest.importorskip("triton")
 
 from interpreter import true_bf16  # noqa: F401
-from var_compressor.layers.compute import COMPUTE, PathTable, Policy, read_table, write_table
-from var_compressor.layers.kernel_block import KernelBlock, use_kernels
+from var_compressor.layers.compute import (
+    PATHS,
+    PathTable,
+    Policy,
+    has_room,
+    read_table,
+    write_table,
+)
+from var_compressor.layers.kernel_block import KernelBlock, packed_numel, use_kernels
 from var_compressor.layers.kernel_linear import LowBitLinear, UnpackedLinear
 from var_compressor.layers.kv_cache import PlainCache
 from var_compressor.layers.linear import QuantizedLinear
 from var_compressor.models.schedule import Schedule
+from var_compressor.models.transformer import TextFeatures
 from var_compressor.pipeline import InfinityPipeline
 
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -30,19 +38,25 @@ def snr_db(found, wanted):
 
 def run_levels(pipeline, dtype, *, levels, batch=1):
     """Hidden states of the first levels, each of random inputs."""
+    return torch.cat([
+        h_RLC.flatten(0, 1)
+        for h_RLC in levels_of(pipeline, dtype, random_text((5, 3)[:batch]), levels)
+    ])  # fmt: skip
+
+
+def levels_of(pipeline, dtype, features, levels):
     torch.manual_seed(1)
     model = pipeline.transformer
     schedule = Schedule.of(1.0, "0.06M")
-    text = pipeline.encode(random_text((5, 3)[:batch]))
-    context = pipeline.embed_text(text, None, guided=True)
+    context = pipeline.embed_text(pipeline.encode(features), None, guided=True)
     rows = len(context.cond_RC)
     cache = PlainCache(model.config, schedule, rows=rows, dtype=dtype, device=DEVICE)
     rope = model.rotary_table(schedule)
     outputs = []
     for level in schedule.levels[:levels]:
         x_RLC = torch.randn(rows, level.num_tokens, model.config.embed_dim, device=DEVICE)
-        outputs.append(model(x_RLC, (level,), context, cache, rope).flatten(0, 1))
-    return torch.cat(outputs)
+        outputs.append(model(x_RLC, (level,), context, cache, rope))
+    return outputs
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +153,13 @@ def test_the_policy_says_why():
     assert Policy("auto", HOPPER, 132).choose(None, 64, 64).path == "w4a8"
     found = Policy("auto", AMPERE, 8).choose(2048, 64, 64)
     assert found.path == "w4a4" and "sm_80" in found.why
-    for asked in COMPUTE[1:]:
+    roomy = Policy("auto", HOPPER, 132, has_room=True)
+    assert roomy.unpacks and roomy.choose(2, 64, 64).path == "w8a8"
+    for packed in (
+        Policy("packed", HOPPER, 132, has_room=True), Policy("auto", AMPERE, 8, has_room=True)
+    ):  # fmt: skip
+        assert not packed.unpacks and packed.choose(2, 64, 64).path == "w4a16"
+    for asked in PATHS:
         assert Policy(asked, AMPERE, 8).choose(9, 64, 64).path == asked
     with pytest.raises(ValueError, match="'fast'"):
         Policy("fast", AMPERE, 8)
@@ -179,6 +199,29 @@ def test_weights_unpacked_for_good_give_what_w4a8_gives(compressed):
     assert torch.equal(found, run_levels(with_kernels(compressed, "w4a8", HOPPER), HALF, levels=2))
     with pytest.raises(ValueError, match="sm_80"):
         with_kernels(compressed, "w8a8", AMPERE)
+
+
+def test_a_gpu_has_room_for_weights_of_a_quarter_of_its_memory(compressed):
+    numel = packed_numel(compressed.transformer)
+    linears = [m for m in compressed.transformer.modules() if isinstance(m, QuantizedLinear)]
+    assert numel == sum(2 * one.qweight.shape[0] * one.qweight.shape[1] for one in linears) > 0
+    assert has_room(numel, 4 * numel) and not has_room(numel, 4 * numel - 1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE])
+def test_an_image_does_not_depend_on_its_batch_mates(compressed, capability):
+    """Bit for bit, beside others of other lengths."""
+    compute = "w4a16" if IS_INTERPRETED and capability == HOPPER else "packed"
+    kernels = with_kernels(compressed, compute, capability)
+    found = []
+    for mates in (random_text((3, 2), seed=1), random_text((1, 4), seed=2)):
+        features = TextFeatures.concat([random_text((5,)), mates])
+        found.append(levels_of(kernels, HALF, features, levels=2))
+    for level, other in zip(*found, strict=True):
+        # the first image's rows: as prompted, and unconditional
+        assert torch.equal(level[0], other[0]) and torch.equal(level[3], other[3])
+        assert not torch.equal(level[1], other[1])
 
 
 @torch.inference_mode()

@@ -96,7 +96,7 @@ def test_a_stored_cache_counts_as_its_parameters_say(kv_artifact_dir):
     shape = model_shape(str(kv_artifact_dir))
     request = Request(Schedule.of(1.0, "0.06M"), 1, 8)
     pipeline = InfinityPipeline.from_pretrained(kv_artifact_dir, dtype=torch.float32)
-    setup = next(setups(shape))
+    setup = next(setups(shape, budget_bytes=0))
     assert (setup.weights, setup.kv) == ("stored", "stored")
     cache = pipeline.new_cache(request.schedule, rows=2)
     ranges = [t for layer in pipeline.kv_params.layers for t in vars(layer.ranges).values()]
@@ -187,11 +187,14 @@ def test_the_first_setup_that_fits_is_taken_and_none_before_it_would(gib, batch)
     request, limit = request_of(MODEL_8B, batch), usable_bytes(gib * GIB)
     found = plan_memory(MODEL_8B, request, budget_bytes=gib * GIB)
     if found.missing_bytes:
-        peaks = [footprint(MODEL_8B, request, one).peak_bytes for one in setups(MODEL_8B)]
+        peaks = [
+            footprint(MODEL_8B, request, one).peak_bytes
+            for one in setups(MODEL_8B, budget_bytes=gib * GIB)
+        ]
         assert min(peaks) - limit == found.missing_bytes > 0
         return
     assert found.footprint.peak_bytes <= limit
-    for better in setups(MODEL_8B):
+    for better in setups(MODEL_8B, budget_bytes=gib * GIB):
         if better == found.setup:
             break
         assert footprint(MODEL_8B, request, better).peak_bytes > limit

@@ -113,16 +113,28 @@ def examine() -> Report:
 
 def _policy(gpus: tuple[Device, ...]) -> str:
     """What `auto` goes by on the first GPU."""
-    from var_compressor.layers.compute import Policy, read_table, table_path, table_versions
+    from var_compressor.layers.compute import (
+        FP8_FROM,
+        ROOMY_SHARE,
+        Policy,
+        read_table,
+        table_path,
+        table_versions,
+    )
 
     if not gpus or gpus[0].capability is None or gpus[0].capability < (8, 0):
         return "reference everywhere: no GPU that kernels run on"
     name, capability = gpus[0].description, gpus[0].capability
+    unpacked = ""
+    if capability >= FP8_FROM and gpus[0].total_bytes:
+        room = _gib(round(ROOMY_SHARE * gpus[0].total_bytes))
+        unpacked = f"w8a8 where unpacked weights take at most {room}; else "
     if table := read_table(name, table_versions()):
         shapes = ", ".join(f"{N}x{K}" for N, K in sorted(table.measured))
-        return f"measured here for weights {shapes} ({table_path(name)}); others by architecture"
-    few, many = (Policy("auto", capability, 1).choose(tokens, 0, 0) for tokens in (1, None))
-    return (
+        file = table_path(name)
+        return f"{unpacked}measured here for weights {shapes} ({file}); others by architecture"
+    few, many = (Policy("packed", capability, 1).choose(tokens, 0, 0) for tokens in (1, None))
+    return unpacked + (
         f"by architecture: {few.path} ({few.why}), else {many.path} ({many.why}); "
         "`varc doctor --measure MODEL` measures"
     )

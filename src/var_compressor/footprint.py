@@ -183,6 +183,19 @@ def transformer_bytes(
     return {name: num_bytes for name, num_bytes in parts.items() if num_bytes}
 
 
+@cache
+def unpacked_bytes(config: InfinityConfig, spec: QuantSpec) -> int:
+    """Of the weights that kernels can unpack, those of 4-bit integers, a byte each."""
+    block = meta_transformer(replace(config, depth=1, num_chunks=1), BLOCK_DTYPE).blocks[0]
+    weights = dict(block.named_parameters())
+    return sum(
+        weights[f"{name}.weight"].numel()
+        for specs in specs_by_block(spec, config)
+        for name, one in specs.items()
+        if one.weight.format == "sint4"
+    )
+
+
 # of cross-attention, which read the text once
 TEXT_WEIGHTS = "weights for the text"
 _BLOCK_PARTS = {

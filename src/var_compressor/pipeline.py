@@ -19,8 +19,14 @@ from var_compressor.artifact import (
     read_tensors,
     verify_files,
 )
-from var_compressor.layers.compute import Policy, read_table, table_versions
-from var_compressor.layers.kernel_block import KernelBlock, kernels_run, linears_of, use_kernels
+from var_compressor.layers.compute import Policy, has_room, read_table, table_versions
+from var_compressor.layers.kernel_block import (
+    KernelBlock,
+    kernels_run,
+    linears_of,
+    packed_numel,
+    use_kernels,
+)
 from var_compressor.layers.kernel_linear import LowBitLinear, UnpackedLinear
 from var_compressor.layers.kv_cache import CodedCache, LevelCache, PlainCache
 from var_compressor.layers.kv_params import (
@@ -186,7 +192,8 @@ class InfinityPipeline:
                 policy,
                 capability=(gpu.major, gpu.minor),
                 num_processors=gpu.multi_processor_count,
-                table=read_table(gpu.name, table_versions()) if compute == "auto" else None,
+                table=read_table(gpu.name, table_versions()),
+                has_room=has_room(packed_numel(self.transformer), gpu.total_memory),
             )
             use_kernels(self.transformer, policy)
         return obstacle
@@ -230,6 +237,7 @@ class InfinityPipeline:
         text_encoder_bits: int = 16,
         stream_blocks: bool = False,
         compute: str = "auto",
+        low_memory: bool = False,
         on_tensor: directory.OnTensor | None = None,
     ) -> InfinityPipeline:
         """Open a model directory, an artifact, an embedded model ("infinity-tiny") or a hub id.
@@ -241,15 +249,18 @@ class InfinityPipeline:
         or 4 hold its linears in so many bits. ``stream_blocks`` leaves the blocks of a
         full-precision transformer in their files, to be read one at a time, and the VAE on the
         CPU. ``compute``: how blocks run where there are kernels (`layers.compute`); "reference"
-        keeps the plain ones, which calibration needs. ``on_tensor(name, bytes)`` is called as
+        keeps the plain ones, which calibration needs. ``low_memory``: `save_memory`, and weights
+        that stay packed if the choice is left to "auto". ``on_tensor(name, bytes)`` is called as
         the transformer's tensors, or an artifact's files, arrive (`stored_bytes` in all).
         Raises: CheckpointError or ArtifactError (ValueErrors) naming the file that is missing or
         does not fit.
         """
         coded = weight_only(text_encoder_bits)
+        if low_memory and compute == "auto":
+            compute = "packed"
         if is_artifact(source) or is_unfinished(source):
             opened = cls._from_artifact(Path(source), dtype, device, text_encoder_cache, on_tensor)
-            return opened._made_ready(coded, compute)
+            return opened._made_ready(coded, compute, low_memory)
         folder = directory.resolve(source)
         index = directory.read_index(folder)
         if not index.has_vae:
@@ -264,14 +275,19 @@ class InfinityPipeline:
                 folder, dtype=dtype, device=device, on_tensor=on_tensor
             )
         opened = cls._around(transformer, folder, dtype, device, text_encoder_cache)
-        return opened._made_ready(coded, "reference" if stream_blocks else compute)
+        compute = "reference" if stream_blocks else compute
+        return opened._made_ready(coded, compute, low_memory)
 
-    def _made_ready(self, coded: WeightOnly | None, compute: str) -> InfinityPipeline:
+    def _made_ready(
+        self, coded: WeightOnly | None, compute: str, low_memory: bool
+    ) -> InfinityPipeline:
         """Itself, before the text encoder is read, which will have linears of that kind."""
         if self.text_encoder is not None:
             self.text_encoder.coded = coded
         if compute != "reference":
             self.use_kernels(compute)
+        if low_memory:
+            self.save_memory()
         return self
 
     @classmethod

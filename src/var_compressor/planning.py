@@ -22,7 +22,9 @@ from var_compressor.footprint import (
     Request,
     Setup,
     footprint,
+    unpacked_bytes,
 )
+from var_compressor.layers.compute import has_room
 from var_compressor.layers.kv_params import CacheFormat, params_from_tensors
 from var_compressor.models import directory
 from var_compressor.models.config import MODELS, InfinityConfig, config_from_dict
@@ -71,7 +73,7 @@ def plan_memory(model: ModelShape, request: Request, *, budget_bytes: int) -> Me
     """The first setup, best quality first, whose peak fits what the budget leaves for tensors."""
     limit = usable_bytes(budget_bytes)
     least: tuple[Setup, Footprint] | None = None
-    for setup in setups(model):
+    for setup in setups(model, budget_bytes=budget_bytes):
         found = footprint(model, request, setup)
         if found.peak_bytes <= limit:
             return MemoryPlan(model.name, budget_bytes, setup, found)
@@ -82,17 +84,29 @@ def plan_memory(model: ModelShape, request: Request, *, budget_bytes: int) -> Me
     return MemoryPlan(model.name, budget_bytes, *chosen)
 
 
-def setups(model: ModelShape) -> Iterator[Setup]:
-    """All of them, those that lose less first."""
+def setups(model: ModelShape, *, budget_bytes: int) -> Iterator[Setup]:
+    """All of them, those that lose less first.
+
+    A GPU with fp8 unpacks weights where it has room; the smaller steps leave them packed.
+    """
     weights = ("stored",) if model.spec is not None else tuple(WEIGHTS)
     kv = ("stored",) if model.kv is not None else ("bf16", *KV_BITS)
     text = ((None, False),) if model.text is None else TEXT_PLACES
     strips = (None,) if model.vae is None else STRIPS
     for one_weights, one_kv, place in product(weights, kv, text):
         # 16-bit linears run the network's own code, which takes all tokens at once
-        chunks = (None,) if one_weights == "bf16" else CHUNKS
-        for chunk_tokens, strip_rows in product(chunks, strips):
-            yield Setup(one_weights, one_kv, *place, chunk_tokens, strip_rows)
+        is_plain = one_weights == "bf16"
+        unpacked = (True, False) if _may_unpack(model, one_weights, budget_bytes) else (False,)
+        steps: list[tuple[int | None, bool]] = [(None, one) for one in unpacked]
+        steps += [] if is_plain else [(chunk, False) for chunk in CHUNKS if chunk is not None]
+        for (chunk_tokens, unpacks), strip_rows in product(steps, strips):
+            yield Setup(one_weights, one_kv, *place, chunk_tokens, strip_rows, unpacks=unpacks)
+
+
+def _may_unpack(model: ModelShape, weights: str, budget_bytes: int) -> bool:
+    """Whether `--compute auto` unpacks such weights on a GPU of that memory."""
+    spec = model.spec if weights == "stored" else WEIGHTS[weights]
+    return spec is not None and has_room(unpacked_bytes(model.transformer, spec), budget_bytes)
 
 
 def _within_kv_budget(
@@ -100,7 +114,7 @@ def _within_kv_budget(
 ) -> tuple[Setup, Footprint] | None:
     """With the fewest bits, as much of an int4 cache as fits, if that is a fair share of it."""
     fitting = []
-    for setup in setups(model):
+    for setup in setups(model, budget_bytes=0):
         if setup.kv != "int4" or setup.weights not in ("stored", tuple(WEIGHTS)[-1]):
             continue
         found = footprint(model, request, setup)
@@ -179,12 +193,14 @@ def setup_rows(setup: Setup) -> list[tuple[str, str]]:
         options += ["--release-text-encoder"] if setup.releases_text else []
     if setup.strip_rows is not None:
         options.append(f"--strip-rows {setup.strip_rows}")
+    if setup.chunk_tokens is None and setup.weights != "bf16" and not setup.unpacks:
+        options.append("--compute packed")
     if setup.chunk_tokens is not None:
         # runs the feed-forward for one row at a time
         options.append("--low-memory")
     chunks, strips = setup.chunk_tokens, setup.strip_rows
     rows = [
-        ("weights", setup.weights),
+        ("weights", setup.weights + (", unpacked to 8 bits" if setup.unpacks else "")),
         ("KV cache", kv),
         ("text encoder", text),
         ("feed-forward", "all tokens" if chunks is None else f"{chunks} tokens at a time"),

@@ -1,7 +1,7 @@
 """Which path multiplies a compressed linear fastest on this GPU: measured, for the policy's table.
 
-Every path that `auto` may take is timed as a level runs it, input kernel and product, on random
-weights that together outgrow the L2 cache.
+Every path of packed weights that `auto` may take is timed as a level runs it, input kernel and
+product, on random weights that together outgrow the L2 cache.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure_paths(
 
 def _random_linears(N: int, K: int, device: torch.device) -> list[LowBitLinear]:
     gpu = torch.cuda.get_device_properties(device)
-    policy = Policy("auto", (gpu.major, gpu.minor), gpu.multi_processor_count)
+    policy = Policy("packed", (gpu.major, gpu.minor), gpu.multi_processor_count)
     scratch, generator = Scratch(device), torch.Generator(device).manual_seed(0)
     spec = PRESETS["svdquant"].for_module(_NAME)
     assert spec is not None

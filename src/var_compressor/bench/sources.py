@@ -50,12 +50,14 @@ def saved(choice: Choice, use_cache: Callable[[InfinityPipeline, Path], None]) -
 
     def opened(model: str, kv: str | None) -> InfinityPipeline:
         pipeline = InfinityPipeline.from_pretrained(
-            model, dtype=choice.dtype, device=choice.device, compute=choice.compute
+            model,
+            dtype=choice.dtype,
+            device=choice.device,
+            compute=choice.compute,
+            low_memory=choice.low_memory,
         )
         if kv is not None:
             use_cache(pipeline, Path(kv))
-        if choice.low_memory:
-            pipeline.save_memory()
         return pipeline
 
     def first() -> InfinityPipeline:
@@ -87,7 +89,8 @@ def random(choice: Choice, *, seed: int) -> list[Source]:
             device=choice.device,
             seed=seed,
         )
-        pipeline.use_kernels(choice.compute)
+        packed = choice.low_memory and choice.compute == "auto"
+        pipeline.use_kernels("packed" if packed else choice.compute)
         if choice.low_memory:
             pipeline.save_memory()
         return pipeline

@@ -34,6 +34,7 @@ class Compute(str, Enum):
     """How compressed linears are multiplied."""
 
     auto = "auto"
+    packed = "packed"
     w4a4 = "w4a4"
     w4a8 = "w4a8"
     w4a16 = "w4a16"
@@ -42,7 +43,11 @@ class Compute(str, Enum):
 
 
 ComputeOption = Annotated[
-    Compute, typer.Option(help="How 4-bit linears are multiplied; auto: what is fastest here.")
+    Compute,
+    typer.Option(
+        help="How 4-bit linears are multiplied; auto: the fastest that there is room for; packed: "
+        "the fastest whose weights stay in 4 bits."
+    ),
 ]
 LowMemoryOption = Annotated[
     bool, typer.Option("--low-memory", help="Take the least memory, at some cost of time.")

@@ -16,7 +16,7 @@ from var_compressor.cli.app import (
     app,
     load_recipe_words,
 )
-from var_compressor.terminal import print_bench, print_memory_plan, progress
+from var_compressor.terminal import byte_progress, print_bench, print_memory_plan, progress
 
 BENCH_PROMPT = "a large red metal cube on a wooden floor."
 
@@ -100,7 +100,7 @@ def generate(
     Example: varc generate "a large red metal cube on a wooden floor." --seed 0 --out cube.png
     """
     from var_compressor.compress import choose_device, choose_dtype
-    from var_compressor.evaluation.images import check_png_path, write_png
+    from var_compressor.images import check_png_path, write_png
     from var_compressor.interop.kv_quant_calib import use_cache
     from var_compressor.models.sampling import Sampling
     from var_compressor.pipeline import InfinityPipeline
@@ -111,17 +111,18 @@ def generate(
         paths = [out.with_stem(f"{out.stem}-{i}") for i in range(len(prompt))]
     for path in paths:
         check_png_path(path)
-    pipeline = InfinityPipeline.from_pretrained(
-        model,
-        dtype=choose_dtype(dtype, chosen),
-        device=chosen,
-        text_encoder_cache=prompt_cache,
-        text_encoder_bits=text_encoder_bits,
-        compute=compute.value,
-    )
+    with byte_progress("loading", InfinityPipeline.stored_bytes(model)) as on_tensor:
+        pipeline = InfinityPipeline.from_pretrained(
+            model,
+            dtype=choose_dtype(dtype, chosen),
+            device=chosen,
+            text_encoder_cache=prompt_cache,
+            text_encoder_bits=text_encoder_bits,
+            compute=compute.value,
+            low_memory=low_memory,
+            on_tensor=on_tensor,
+        )
     pipeline.records_graphs = False
-    if low_memory:
-        pipeline.save_memory()
     if kv is not None:
         use_cache(pipeline, kv)
     num_levels = len(pipeline.schedule_for(aspect_ratio, pixel_budget).levels)

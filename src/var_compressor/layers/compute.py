@@ -9,8 +9,9 @@ An artifact stores 4-bit weights once; the path is chosen per number of tokens.
     bf16    16-bit inputs, weights unpacked to a scratch, the library's product: runs anywhere
     reference   plain torch, for formats and devices without kernels
 
-`auto` takes the fastest of the first three: by what was measured on this GPU, where somebody asked
-for that (`varc doctor --measure`), else by architecture.
+`packed` takes the fastest of the first three: by what was measured on this GPU, where somebody
+asked for that (`varc doctor --measure`), else by architecture. `auto` takes w8a8 where the GPU has
+room for it, which is faster still, and else what `packed` takes.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from var_compressor.artifact import write_atomically
 if TYPE_CHECKING:
     from var_compressor.ops.gemm import GPU
 
-# those that `auto` takes, and the others
+# those that `packed` takes, and the others
 CANDIDATES = ("w4a16", "w4a8", "w4a4")
 PATHS = (*CANDIDATES, "w8a8", "bf16")
-COMPUTE = ("auto", *PATHS)
+COMPUTE = ("auto", "packed", *PATHS)
 FP8_FROM = (8, 9)
+# of a GPU's memory: unpacked weights that take no more leave the rest to caches and activations
+ROOMY_SHARE = 1 / 4
 # where the paths cross on an H100 (benchmarks/results/ops-h100-2026-11-24.json)
 FEW_TOKENS = 64
 # of an image, where no number is given
@@ -97,12 +100,16 @@ def _times(ms: dict[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Policy:
-    """Chooses a path from what was asked and the GPU: its capability and number of processors."""
+    """Chooses a path from what was asked and the GPU: its capability and number of processors.
+
+    ``table``: what was measured; ``has_room``: whether the GPU has room for unpacked weights.
+    """
 
     asked: str
     capability: tuple[int, int]
     num_processors: int
     table: PathTable | None = None
+    has_room: bool = False
 
     def __post_init__(self) -> None:
         if self.asked not in COMPUTE:
@@ -113,6 +120,11 @@ class Policy:
         return self.capability >= FP8_FROM
 
     @property
+    def unpacks(self) -> bool:
+        """Whether weights are unpacked for good."""
+        return self.asked == "w8a8" or (self.asked == "auto" and self.has_room and self.has_fp8)
+
+    @property
     def gpu(self) -> GPU:
         """As the kernels' settings want it."""
         from var_compressor.ops.gemm import GPU
@@ -121,8 +133,10 @@ class Policy:
 
     def choose(self, image_tokens: int | None, N: int, K: int) -> Choice:
         """The path of an [N, K] weight for as many tokens of an image, None for many."""
-        if self.asked != "auto":
+        if self.asked not in ("auto", "packed"):
             return Choice(self.asked, "asked for")
+        if self.unpacks:
+            return Choice("w8a8", f"weights of a byte take at most {ROOMY_SHARE:.0%} of the memory")
         num_tokens = MANY_TOKENS if image_tokens is None else image_tokens
         if self.table is not None and (found := self.table.choose(num_tokens, N, K)):
             return found
@@ -132,6 +146,11 @@ class Policy:
         if not self.has_fp8:
             return Choice("w4a4", f"sm_{major}{minor} has integer tensor cores, and no fp8")
         return Choice("w4a8", f"sm_{major}{minor} has fp8 tensor cores")
+
+
+def has_room(unpacked_bytes: int, total_bytes: int) -> bool:
+    """Whether a GPU of ``total_bytes`` has room for weights unpacked to a byte each."""
+    return unpacked_bytes <= ROOMY_SHARE * total_bytes
 
 
 # --- the table's file -----------------------------------------------------------------------------

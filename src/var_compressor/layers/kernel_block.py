@@ -140,6 +140,12 @@ def kernels_run(transformer: Infinity) -> str | None:
     return None
 
 
+def packed_numel(transformer: Infinity) -> int:
+    """Weights that kernels would multiply as 4-bit codes, and could unpack to a byte each."""
+    linears = (one for block in transformer.blocks for _, _, one in _linears(block))
+    return sum(2 * one.qweight.numel() for one in linears if has_kernels(one))
+
+
 def use_kernels(transformer: Infinity, policy: Policy) -> None:
     """Replace blocks and their linears by kernels', where there are kernels for all of a block.
 

@@ -6,7 +6,7 @@ Shapes: M tokens, K input and N output channels, G groups, R rank of the branch,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -357,7 +357,7 @@ class UnpackedLinear(KernelLinear):
         self.register_buffer("bias", packed.plain_bias)
 
     def choice(self, image_tokens: int | None) -> Choice:
-        return Choice("w8a8", "asked for")
+        return self.policy.choose(image_tokens, self.out_features, self.in_features)
 
     def coding(self, path: str) -> Coding:
         from var_compressor.ops import inputs
@@ -375,7 +375,7 @@ class UnpackedLinear(KernelLinear):
         )  # fmt: skip
 
 
-def has_kernels(linear: nn.Module) -> bool:
+def has_kernels(linear: nn.Module) -> TypeGuard[QuantizedLinear]:
     """Whether kernels multiply these formats: 4-bit integer weights in groups, integer inputs."""
     if not isinstance(linear, QuantizedLinear) or linear.weight_format.name != "sint4":
         return False
