@@ -26,7 +26,7 @@ def doctor(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Time the compute paths at this model's shapes, and keep what `auto` goes by.",
+            help="Time the compute paths at this model's shapes, and keep what `packed` goes by.",
         ),
     ] = None,
 ) -> None:
