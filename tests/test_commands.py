@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from var_compressor import cli
 from var_compressor.artifact import read_kv, read_manifest
 from var_compressor.compress import choose_device, choose_dtype
-from var_compressor.evaluation.images import SETTINGS_KEY, write_png
+from var_compressor.images import SETTINGS_KEY, write_png
 from var_compressor.interop.kv_quant_calib import use_cache
 from var_compressor.models.sampling import Sampling
 from var_compressor.pipeline import InfinityPipeline

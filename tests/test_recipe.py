@@ -12,7 +12,12 @@ from var_compressor.prompts import built_in_sets, load_prompts, select_prompts
 from var_compressor.recipe import RecipeError, load_recipe, recipes_dir, split_arguments
 from var_compressor.spec import MODULES, PRESETS, QuantSpec, WeightSpec
 
-SHIPPED = sorted(path.relative_to(recipes_dir().parent) for path in recipes_dir().rglob("*.yaml"))
+# those of `varc reproduce` name recipes, they are none
+SHIPPED = sorted(
+    path.relative_to(recipes_dir().parent)
+    for path in recipes_dir().rglob("*.yaml")
+    if path.parent.name != "reproduce"
+)
 MODELS = [path for path in SHIPPED if path.parent.name == "model"]
 INT4 = "recipes/svdquant/int4.yaml"
 GPTQ = "recipes/svdquant/gptq.yaml"

@@ -14,6 +14,7 @@ the same command continues.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,6 +36,8 @@ from var_compressor.spec import QuantSpec
 
 FORMAT = "var-compressor/1"
 MANIFEST = "manifest.json"
+# of the manifest's other keys, in itself
+_DIGEST = "sha256"
 TRANSFORMER_FILE = "transformer.safetensors"
 KV_FILE = "kv_cache.safetensors"
 # beside the file of parameters, of a model that is no artifact
@@ -101,13 +104,32 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise ArtifactError(f"{folder}: has no {MANIFEST}; {hint}") from None
     except (ValueError, RecursionError, OSError) as error:
         raise ArtifactError(f"{path}: not readable ({error})") from None
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArtifactError(f"{path}: not of format {FORMAT!r}; make the artifact again")
+    digest = content.pop(_DIGEST, None)
+    # artifacts of before it was there have none
+    is_whole = digest is None or digest == _digest_of(content)
+    del content["format"]
     try:
         manifest = _checked(content)
     except ValueError as error:
         raise ArtifactError(f"{path}: malformed: {error}; make the artifact again") from None
+    if not is_whole:
+        raise ArtifactError(f"{path}: its content changed (sha256 differs); copy it again")
     return manifest
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    """sha256 of all but where the base is, which may be edited: the VAE's hashes tell it again."""
+    base = content.get("base")
+    if isinstance(base, dict):
+        content = {**content, "base": {key: base[key] for key in base if key != "source"}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    content = manifest.to_json()
+    write_json(folder / MANIFEST, {**content, _DIGEST: _digest_of(content)})
 
 
 def _checked(content: dict[str, Any]) -> Manifest:
@@ -219,12 +241,12 @@ def _begin(folder: Path, identity: dict[str, Any]) -> None:
 
 def _check_identity(resume: Path, identity: dict[str, Any]) -> None:
     try:
-        started = json.loads(resume.read_text())
-    except ValueError:
+        started = json.loads(resume.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         started = None
     if not isinstance(started, dict):
         raise ArtifactError(f"{resume}: unreadable; delete the directory and start again")
-    before, now = _flat(started), _flat(json.loads(json.dumps(identity)))
+    before, now = flat(started), flat(json.loads(json.dumps(identity)))
     differing = sorted(key for key, _ in before.items() ^ now.items())
     if differing:
         key = differing[0]
@@ -259,16 +281,24 @@ class ArtifactWriter:
 
     def finish(self, manifest: Manifest, num_blocks: int) -> Manifest:
         """Gather the report, list the files, write the manifest."""
-        blocks = [json.loads(self._report_path(i).read_text()) for i in range(num_blocks)]
+        blocks = [self.report(i) for i in range(num_blocks)]
         write_json(self.folder / REPORT_FILE, {"blocks": blocks})
         names = [TRANSFORMER_FILE, REPORT_FILE, *map(block_file, range(num_blocks))]
         manifest = replace(manifest, files=_listed(self.folder, names))
-        write_json(self.folder / MANIFEST, manifest.to_json())
+        _write_manifest(self.folder, manifest)
+        self.end_run(num_blocks)
+        return manifest
+
+    def report(self, index: int) -> dict[str, Any]:
+        """What `put_block` was given, until the run ends."""
+        return json.loads(self._report_path(index).read_text())
+
+    def end_run(self, num_blocks: int) -> None:
+        """Remove what only a run that was cut off needs."""
         for index in range(num_blocks):
             self._report_path(index).unlink()
         (self.folder / TRACE_FILE).unlink(missing_ok=True)
         (self.folder / _RESUME_FILE).unlink()
-        return manifest
 
     def _report_path(self, index: int) -> Path:
         return self.folder / "blocks" / f"{index:03d}.json"
@@ -286,11 +316,11 @@ def put_kv(folder: str | Path, tensors: Mapping[str, Tensor], kv: dict[str, Any]
         if manifest.kv is not None:
             files = {name: entry for name, entry in manifest.files.items() if name != KV_FILE}
             manifest = replace(manifest, kv=None, files=files)
-            write_json(folder / MANIFEST, manifest.to_json())
+            _write_manifest(folder, manifest)
         write_atomically(folder / KV_FILE, save(on_cpu(tensors)))
         files = {**manifest.files, **_listed(folder, [KV_FILE])}
         manifest = replace(manifest, kv=kv, files=files)
-        write_json(folder / MANIFEST, manifest.to_json())
+        _write_manifest(folder, manifest)
     return manifest
 
 
@@ -302,7 +332,8 @@ def write_kv(folder: str | Path, tensors: Mapping[str, Tensor], kv: dict[str, An
     (folder / KV_MANIFEST).unlink(missing_ok=True)
     write_atomically(folder / KV_FILE, save(on_cpu(tensors)))
     digest = sha256_of(folder / KV_FILE)
-    write_json(folder / KV_MANIFEST, {"format": KV_FORMAT, "sha256": digest, "kv": kv})
+    content = {"format": KV_FORMAT, "sha256": digest, "kv_sha256": _digest_of(kv), "kv": kv}
+    write_json(folder / KV_MANIFEST, content)
 
 
 def check_no_artifact(folder: str | Path) -> None:
@@ -331,6 +362,8 @@ def read_kv(folder: str | Path) -> dict[str, Any]:
     kv = content.get("kv")
     if not isinstance(kv, dict):
         raise ArtifactError(f"{path}: kv is {type(kv).__name__}, expected dict; calibrate again")
+    if content.get("kv_sha256", _digest_of(kv)) != _digest_of(kv):
+        raise ArtifactError(f"{path}: its content changed (sha256 differs); copy it again")
     return kv
 
 
@@ -354,10 +387,11 @@ def _listed(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _flat(content: Any, prefix: str = "") -> dict[str, str]:
+def flat(content: Any, prefix: str = "") -> dict[str, str]:
+    """Leaves of nested mappings as JSON, by dotted key."""
     if isinstance(content, dict):
         parts = (
-            _flat(value, f"{prefix}.{key}" if prefix else key) for key, value in content.items()
+            flat(value, f"{prefix}.{key}" if prefix else key) for key, value in content.items()
         )
         return {key: value for part in parts for key, value in part.items()}
     return {prefix: json.dumps(content)}

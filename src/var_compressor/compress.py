@@ -113,13 +113,23 @@ def transformer_config(source: ModelSource, *, may_be_absent: bool) -> InfinityC
     return read_transformer_config(resolve(source.path) / "transformer")
 
 
+def sampling_of(collect: CollectSpec) -> Sampling:
+    """How a recipe draws bits."""
+    return Sampling(cfg=collect.cfg, tau=collect.tau, top_k=collect.top_k, top_p=collect.top_p)
+
+
 def collection_of(collect: CollectSpec) -> Collection:
     """The calibration prompts and how their images are drawn."""
     prompts = select_prompts(
         load_prompts(collect.prompts), num_prompts=collect.num_prompts, seed=collect.seed
     )
-    sampling = Sampling(cfg=collect.cfg, tau=collect.tau, top_k=collect.top_k, top_p=collect.top_p)
-    return Collection(prompts, collect.seed, sampling, collect.aspect_ratio, collect.pixel_budget)
+    return Collection(
+        prompts,
+        collect.seed,
+        sampling_of(collect),
+        collect.aspect_ratio,
+        collect.pixel_budget,
+    )
 
 
 def quantize(

@@ -37,6 +37,11 @@ from var_compressor.layers.kv_params import (
 )
 from var_compressor.layers.level_graphs import LevelGraphs, padded
 from var_compressor.layers.linear import QuantizedLinear, load_compressed
+from var_compressor.layers.nunchaku_linear import (
+    NunchakuFeedForward,
+    NunchakuLinear,
+    use_nunchaku,
+)
 from var_compressor.layers.weight_only import WeightOnly, weight_only
 from var_compressor.models import directory
 from var_compressor.models.bits import Pyramid, teacher_inputs
@@ -175,15 +180,24 @@ class InfinityPipeline:
     @property
     def is_compressed(self) -> bool:
         """Whether any linear is quantized."""
-        kinds = (QuantizedLinear, LowBitLinear, UnpackedLinear)
+        kinds = (
+            QuantizedLinear, LowBitLinear, UnpackedLinear, NunchakuLinear, NunchakuFeedForward
+        )  # fmt: skip
         return any(isinstance(module, kinds) for module in self.transformer.modules())
 
     def use_kernels(self, compute: str) -> str | None:
-        """Let Triton kernels run the blocks from now on; ``compute`` is one of `compute.COMPUTE`.
+        """Let kernels run the blocks from now on; ``compute`` is one of `compute.COMPUTE`, for ours
+        in Triton, or "nunchaku" for its linears.
 
         Calibration needs the plain blocks. Returns why kernels cannot run here, and then leaves
-        everything as it is. Raises: ValueError for an unknown path.
+        everything as it is. Raises: ValueError for an unknown path, and where nunchaku is missing
+        or has no kernels for this GPU.
         """
+        if compute == "nunchaku":
+            on_gpu = self.device.type == "cuda"
+            capability = torch.cuda.get_device_capability(self.device) if on_gpu else None
+            use_nunchaku(self.transformer, capability=capability)
+            return None
         policy = Policy(compute, (0, 0), 1)
         obstacle = kernels_run(self.transformer)
         if obstacle is None:

@@ -131,10 +131,10 @@ def load_recipe(paths: Sequence[str | Path], overrides: Sequence[str]) -> Recipe
     not in the current directory is the copy that comes with the package.
     Raises RecipeError naming the file, the key and the nearest valid key.
     """
-    files = [_located(Path(path)) for path in paths]
+    files = [located(Path(path)) for path in paths]
     beside = [path.parent / DEFAULTS_FILE for path in files]
     defaults = [path for path in dict.fromkeys(beside) if path.is_file() and path not in files]
-    layers = [(_display(path), _read_yaml(path)) for path in (*defaults, *files)]
+    layers = [(_display(path), read_yaml(path)) for path in (*defaults, *files)]
     layers += [(COMMAND_LINE, _parse_override(override)) for override in overrides]
 
     provenance: dict[str, str] = {}
@@ -170,7 +170,11 @@ def _validated(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _located(path: Path) -> Path:
+def located(path: Path) -> Path:
+    """A recipe file as it was named, or the copy that comes with the package.
+
+    Raises: RecipeError when there is none.
+    """
     if path.is_dir():
         raise RecipeError(f"{path}: is a directory, expected a recipe file (.yaml)")
     if path.is_file():
@@ -195,7 +199,11 @@ def _display(path: Path) -> str:
     return str(path)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises: RecipeError naming the file that does not.
+    """
     origin = _display(path)
     try:
         layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)

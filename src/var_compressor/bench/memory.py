@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
-import resource
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ import torch
 from var_compressor.bench.timing import Request, draw
 from var_compressor.bench.work import parameter_bytes
 from var_compressor.pipeline import InfinityPipeline
+from var_compressor.resident import reset_resident_peak, resident_bytes, resident_peak
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,8 @@ class Meter:
     def take_peak(self, before: Occupied) -> int:
         """Most bytes since the last call, above what others held ``before``."""
         if not self.on_gpu:
-            peak = _resident_peak() - before.used
-            _reset_resident_peak()
+            peak = resident_peak() - before.used
+            reset_resident_peak()
             return peak
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before.allocated
@@ -128,7 +127,7 @@ class Meter:
 
     def _used(self) -> int:
         if not self.on_gpu:
-            return _status_bytes("VmRSS")
+            return resident_bytes()
         if self.nvml is not None:
             pynvml, handle = self.nvml
             return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
@@ -158,24 +157,3 @@ def _nvml(device: torch.device) -> tuple[Any, Any] | None:
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except pynvml.NVMLError:
         return None
-
-
-def _resident_peak() -> int:
-    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _reset_resident_peak() -> None:
-    """Where the kernel allows it; otherwise the peak is that of the whole process."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _status_bytes(field: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return int(found[0]) * 1024 if found else 0

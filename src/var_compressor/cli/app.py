@@ -40,13 +40,14 @@ class Compute(str, Enum):
     w4a16 = "w4a16"
     w8a8 = "w8a8"
     bf16 = "bf16"
+    nunchaku = "nunchaku"
 
 
 ComputeOption = Annotated[
     Compute,
     typer.Option(
         help="How 4-bit linears are multiplied; auto: the fastest that there is room for; packed: "
-        "the fastest whose weights stay in 4 bits."
+        "the fastest whose weights stay in 4 bits; nunchaku: its kernels, where it is installed."
     ),
 ]
 LowMemoryOption = Annotated[

@@ -12,7 +12,8 @@ Source: calibrate_cache_quantization.py of VAR-Compressor, commit a9f224d.
 
 from __future__ import annotations
 
-import pickle
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -31,11 +32,19 @@ from var_compressor.layers.kv_params import (
 )
 from var_compressor.models.checkpoint import block_name
 from var_compressor.models.config import InfinityConfig
+from var_compressor.models.tensor_files import (
+    CheckpointError,
+    check_zip,
+    is_plain,
+    load_torch_zip,
+)
 from var_compressor.pipeline import InfinityPipeline
 from var_compressor.quant.kv_calibration import KVCalibration
 from var_compressor.spec import KVSpec
 
 FILE = "kv_quant_calib.pt"
+# as the original's evaluation of the 8B calls it
+SPELLINGS = (FILE, "kv_quant_calib_8b.pt")
 
 
 def check_writable(spec: KVSpec) -> None:
@@ -51,21 +60,42 @@ def check_writable(spec: KVSpec) -> None:
 
 def write(path: Path, found: KVCalibration) -> None:
     """Write what ``calibrate_kv`` found with a spec that ``check_writable`` takes."""
+    write_params(path, found.params, found.config, found.kv, found.mse_HD)
+
+
+def write_params(
+    path: Path,
+    params: CacheParams,
+    config: InfinityConfig,
+    kv: dict[str, Any],
+    mse_HD: Sequence[dict[str, Tensor]] | None = None,
+) -> None:
+    """Write a cache's parameters; ``kv`` is what a manifest says of them.
+
+    Without ``mse_HD``, per layer, the errors of channels are NaN.
+    Raises: ValueError for a cache that the file cannot describe.
+    """
+    if params.format != CacheFormat("int8", False, 0) or any(
+        any(layer.dropped) for layer in params.layers
+    ):
+        raise ValueError(f"{FILE} holds calibrated int8 ranges of every level alone")
     content: dict[str, dict[str, Any]] = {"params": {}, "percentiles": {}, "diagnostics": {}}
-    for index, (layer, mse) in enumerate(zip(found.params.layers, found.mse_HD, strict=True)):
+    for index, layer in enumerate(params.layers):
         for part in "kv":
-            key = _key(found.config, index, part)
+            key, told = _key(config, index, part), kv["layers"][index].get(part, {})
             scale_HD = getattr(layer.ranges, f"{part}_scale_HD").cpu()
             zero_HD = getattr(layer.ranges, f"{part}_zero_point_HD").cpu()
             content["params"][key] = {"scale": scale_HD, "zero_point": zero_HD}
             lo_HD, hi_HD = ((code - zero_HD) * scale_HD for code in (-128, 127))
             # the original's one percentile; a bound of our own per channel has none
-            p = found.kv["layers"][index][part].get("percentile", float("nan"))
+            p = told.get("percentile", math.nan)
             content["percentiles"][key] = {"lo": lo_HD, "hi": hi_HD, "p": p}
-            content["diagnostics"][key] = {
-                "mse_per_channel": mse[part],
-                "mse_agg": float(mse[part].median()),
-            }
+            if mse_HD is None:
+                errors_HD, mean = torch.full_like(scale_HD, math.nan), told.get("mse", math.nan)
+            else:
+                errors_HD = mse_HD[index][part]
+                mean = float(errors_HD.median())
+            content["diagnostics"][key] = {"mse_per_channel": errors_HD, "mse_agg": mean}
     buffer = BytesIO()
     torch.save(content, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,9 +108,10 @@ def read(path: Path, config: InfinityConfig) -> CacheParams:
     Raises: ValueError when it is not such a file, or naming the layer whose ranges cannot be.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        check_zip(path)
+        content = load_torch_zip(path)
+    except (CheckpointError, OSError) as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(
             f"{path}: not a readable {FILE} ({reason}); give the file itself"
         ) from None
@@ -101,7 +132,7 @@ def read(path: Path, config: InfinityConfig) -> CacheParams:
                 "from another model?"
             )
         for name, ours in (("scale", "scale_HD"), ("zero_point", "zero_point_HD")):
-            if isinstance(one.get(name), Tensor):
+            if isinstance(one.get(name), Tensor) and is_plain(one[name]):
                 tensors[f"{index:03d}.{part}_{ours}"] = _by_head(one[name], config)
     return params_from_tensors(tensors, format, config, str(path))
 

@@ -9,6 +9,9 @@ An artifact stores 4-bit weights once; the path is chosen per number of tokens.
     bf16    16-bit inputs, weights unpacked to a scratch, the library's product: runs anywhere
     reference   plain torch, for formats and devices without kernels
 
+(`nunchaku`, somebody else's kernels where they are installed, is no path of ours: see
+`layers.nunchaku_linear`.)
+
 `packed` takes the fastest of the first three: by what was measured on this GPU, where somebody
 asked for that (`varc doctor --measure`), else by architecture. `auto` takes w8a8 where the GPU has
 room for it, which is faster still, and else what `packed` takes.

@@ -7,10 +7,13 @@ index. Anything missing, foreign, truncated or malicious is refused with one lin
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import mmap
 import pickle
 import sys
+import zipfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +36,8 @@ _SAFETENSORS_DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+# told of every tensor that is read or written: its name and bytes
+OnTensor = Callable[[str, int], None]
 # in order of preference; other frameworks' indexes may lie beside them
 _SHARD_INDEXES = ("*.safetensors.index.json", "*.bin.index.json", "*.pth.index.json")
 
@@ -68,7 +73,7 @@ class _TorchFile:
     def __init__(self, path: Path, sub_keys: tuple[tuple[str, ...], ...]) -> None:
         self.where = str(path)
         self.files: tuple[Path, ...] = (path,)
-        content = _load_torch_zip(path)
+        content = load_torch_zip(path)
         for keys in sub_keys:
             inner = content
             for key in keys:
@@ -93,7 +98,7 @@ class _TorchFile:
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         stored = self._tensors[name]
-        if stored.is_meta or stored.layout != torch.strided:
+        if not is_plain(stored):
             raise CheckpointError(f"{self.where}: {name} is a tensor without plain data")
         if stored.dtype == dtype:
             return stored
@@ -102,16 +107,42 @@ class _TorchFile:
         return converted
 
 
-def _load_torch_zip(path: Path) -> object:
-    with path.open("rb") as file:
-        head = file.read(16)
-    if head.startswith(b"version https://"):
-        raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull`")
-    if not head.startswith(b"PK"):
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor of a file is nothing but numbers: some kinds have no data, or rules."""
+    return not tensor.is_meta and tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def check_zip(path: Path) -> None:
+    """Raises: CheckpointError when a part of a torch.save file is not what was written.
+
+    Reads all of it. torch itself compares no checksums: a flipped bit would become a weight.
+    """
+    _check_head(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise CheckpointError(
+                    f"{path}: refused, it is compressed; torch.save never does so"
+                )
+            damaged = archive.testzip()
+    except CheckpointError:
+        raise
+    # a damaged archive makes zipfile stumble in many ways
+    except Exception as error:
         raise CheckpointError(
-            f"{path}: not a checkpoint that torch.save writes (it begins with {head[:8]!r}); "
-            "download it again, or re-save it with torch 1.6 or later"
-        )
+            f"{path}: not a readable torch checkpoint ({_first_line(error)}); "
+            "is the download complete?"
+        ) from None
+    if damaged is not None:
+        raise CheckpointError(f"{path}: {damaged} is damaged (its checksum differs); copy it again")
+
+
+def load_torch_zip(path: Path) -> object:
+    """What ``torch.save`` wrote, memory-mapped, tensors and plain containers alone.
+
+    Raises: CheckpointError for anything else.
+    """
+    _check_head(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -125,6 +156,19 @@ def _load_torch_zip(path: Path) -> object:
             f"{path}: not a readable torch checkpoint ({_first_line(error)}); "
             "is the download complete?"
         ) from None
+
+
+def _check_head(path: Path) -> None:
+    """Raises: CheckpointError for what torch.save cannot have written."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head.startswith(b"version https://"):
+        raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull`")
+    if not head.startswith(b"PK"):
+        raise CheckpointError(
+            f"{path}: not a checkpoint that torch.save writes (it begins with {head[:8]!r}); "
+            "download it again, or re-save it with torch 1.6 or later"
+        )
 
 
 def _unmap_pages(mapped: Tensor) -> None:
@@ -203,6 +247,21 @@ class _TorchShards:
         if name not in self._open_file.names():
             raise CheckpointError(f"{path}: lacks {name}, which the index promises")
         return self._open_file
+
+
+def seal_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata for a safetensors file, which has no checksum of its own."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {"sha256": digest.hexdigest()}
+
+
+def is_as_sealed(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the tensors of a file are those that its seal was made for."""
+    metadata = _open_safetensors(path).metadata() or {}
+    return metadata.get("sha256") == seal_of(tensors)["sha256"]
 
 
 def _open_safetensors(path: Path) -> Any:

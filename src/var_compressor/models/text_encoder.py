@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from var_compressor.models.tensor_files import open_tensors
+from var_compressor.models.tensor_files import is_as_sealed, open_tensors, seal_of
 from var_compressor.models.transformer import TextFeatures
 
-PROMPT_CACHE_VERSION = 1
+PROMPT_CACHE_VERSION = 2
 
 
 class CodedLinears(Protocol):
@@ -252,7 +252,10 @@ class TextEncoder:
         from safetensors.torch import load_file
 
         try:
-            features_TE = load_file(path, device=str(self.device))["features_TE"]
+            tensors = load_file(path)
+            if not is_as_sealed(path, tensors):
+                raise ValueError("its content changed, sha256 differs")
+            features_TE = tensors["features_TE"].to(self.device)
             return TextFeatures(features_TE, (len(features_TE),))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
@@ -264,7 +267,8 @@ class TextEncoder:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"features_TE": features_TE.cpu().contiguous()}, temporary)
+        tensors = {"features_TE": features_TE.cpu().contiguous()}
+        save_file(tensors, temporary, metadata=seal_of(tensors))
         os.replace(temporary, path)
 
 

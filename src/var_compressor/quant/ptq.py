@@ -57,8 +57,8 @@ from var_compressor.quant.linear import quantize_linear, seeded_generator
 from var_compressor.quant.recording import (
     Collection,
     check_recordable,
-    read_trace,
     record,
+    trace_of_cut_off_run,
     write_trace,
 )
 from var_compressor.quant.report import TIMING_FILE
@@ -147,10 +147,7 @@ class _Run:
         if self.team.told_by_first(path.exists()):
             if timing.exists():
                 self.timing = json.loads(timing.read_text())
-            schedule = self.pipeline.schedule_for(collection.aspect_ratio, collection.pixel_budget)
-            depth = self.pipeline.transformer.config.depth
-            guided = collection.sampling.guidance(schedule, depth).is_on
-            return read_trace(path, schedule, guided=guided)
+            return trace_of_cut_off_run(path, self.pipeline, collection)
         trace = record(
             self.pipeline, collection, self.store, on_progress=self.on_progress, team=self.team
         )

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from var_compressor.artifact import read_tensors, write_atomically
+from var_compressor.artifact import ArtifactError, read_tensors, write_atomically
 from var_compressor.models.bits import Pyramid
 from var_compressor.models.sampling import Sampling, draw_noise, sample_bits, seeded_generators
 from var_compressor.models.schedule import Level, Schedule
+from var_compressor.models.tensor_files import is_as_sealed, seal_of
 from var_compressor.models.transformer import TextFeatures
 from var_compressor.pipeline import InfinityPipeline
 from var_compressor.quant.activations import ActivationStore
@@ -177,7 +178,7 @@ def write_trace(path: Path, trace: CalibrationTrace) -> None:
         tensors[f"{i:04d}.text"] = recording.text.packed_TE.contiguous()
         for level, bits_BLQ in enumerate(recording.bits):
             tensors[f"{i:04d}.bits.{level:02d}"] = bits_BLQ.contiguous()
-    write_atomically(path, save(tensors))
+    write_atomically(path, save(tensors, metadata=seal_of(tensors)))
 
 
 def read_trace(path: Path, schedule: Schedule, *, guided: bool) -> CalibrationTrace:
@@ -186,9 +187,20 @@ def read_trace(path: Path, schedule: Schedule, *, guided: bool) -> CalibrationTr
     Raises: ArtifactError when the file is damaged.
     """
     tensors = read_tensors(path, "cpu")
+    if not is_as_sealed(path, tensors):
+        raise ArtifactError(f"{path}: its content changed (sha256 differs); delete it")
     recordings = []
     for name in sorted(name for name in tensors if name.endswith(".text")):
         text_TE, prefix = tensors[name], name.removesuffix("text")
         bits = [tensors[key] for key in sorted(tensors) if key.startswith(f"{prefix}bits.")]
         recordings.append(Recording(TextFeatures(text_TE, (len(text_TE),)), tuple(bits)))
     return CalibrationTrace(tuple(recordings), schedule, guided)
+
+
+def trace_of_cut_off_run(
+    path: Path, pipeline: InfinityPipeline, collection: Collection
+) -> CalibrationTrace:
+    """The recordings that a run of the same collection kept."""
+    schedule = pipeline.schedule_for(collection.aspect_ratio, collection.pixel_budget)
+    guidance = collection.sampling.guidance(schedule, pipeline.transformer.config.depth)
+    return read_trace(path, schedule, guided=guidance.is_on)

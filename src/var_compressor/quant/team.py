@@ -11,20 +11,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+_MEETINGS = count()
 
 
 @dataclass(frozen=True)
 class Team:
-    """This process's number among ``size``."""
+    """This process's number among ``size``; ``store`` holds what all of them see at once."""
 
     rank: int = 0
     size: int = 1
+    store: dist.Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -64,14 +67,19 @@ SOLO = Team()
 @contextmanager
 def team_of_environment() -> Iterator[Team]:
     """The processes that torchrun started, or this one alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield SOLO
         return
     # a block of the largest model may take one process much longer than another
-    dist.init_process_group("gloo", timeout=timedelta(hours=2))
+    timeout = timedelta(hours=2)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # a store is kept, with the addresses of the team before, when torchrun starts processes again
+    # and when a process meets its like a second time
+    meeting = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}-{next(_MEETINGS)}"
+    store = dist.PrefixStore(meeting, store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield Team(dist.get_rank(), size)
+        yield Team(rank, size, store)
     finally:
         dist.destroy_process_group()
 

@@ -44,3 +44,26 @@ def write_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> No
     buffer = BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     write_atomically(path, buffer.getvalue())
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `write_png` put beside the image; the pixels are not decoded.
+
+    Raises: ValueError when the file is no PNG, or carries no settings of ours; OSError when it
+    cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        with Image.open(BytesIO(content), formats=["PNG"]) as image:
+            text = image.info.get(SETTINGS_KEY)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise ValueError(f"{path.name}: is not a readable PNG") from None
+    if not isinstance(text, str):
+        raise ValueError(f"{path.name}: carries no settings; give a PNG that varc has written")
+    try:
+        settings = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path.name}: its settings are damaged")
+    return settings
