@@ -20,7 +20,6 @@ from var_compressor.evaluation.comparison import (
     Resampling,
     compare,
     examine,
-    image_likeness,
     likeness,
     render_features,
 )
@@ -152,13 +151,6 @@ def test_an_image_has_the_seed_of_its_place_not_of_its_batch(full, exam, examine
     )
     # a bit that rounding decides is rare, and so is what follows from it
     assert same.mean() > 0.97 > 0.9 > other.mean()
-
-
-def test_without_torchmetrics_there_is_no_ssim(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    images = torch.rand(5, 3, 16, 16)
-    psnr_N, ssim_N = image_likeness(images, images / 2, batch=2)
-    assert psnr_N.shape == (5,) and ssim_N is None
 
 
 def test_one_cfg_for_all_levels(exam):

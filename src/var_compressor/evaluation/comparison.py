@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import torch
@@ -28,14 +27,14 @@ from var_compressor.evaluation.captions import captions
 from var_compressor.evaluation.reader import Reader
 from var_compressor.evaluation.rendering import render
 from var_compressor.evaluation.scenes import SceneBatch, truths
-from var_compressor.evaluation.scores import frechet_distance, score_caption
+from var_compressor.evaluation.scores import FittedNormal, frechet_distance, score_caption
 from var_compressor.evaluation.statistics import (
     Estimate,
     bootstrap_mean,
     bootstrap_ratio,
     centered_estimate,
     paired_difference,
-    resampled_statistic,
+    resampled_frechet,
 )
 from var_compressor.models.sampling import Sampling
 from var_compressor.pipeline import InfinityPipeline
@@ -122,12 +121,12 @@ class Examined:
 class Likeness:
     """How near one model's pictures are to full precision's: means over the images.
 
-    ``ssim`` is None without torchmetrics; ``latent_error`` is the norm of the latents' difference
-    over the norm of full precision's. Changes are this model's number minus full precision's.
+    ``latent_error`` is the norm of the latents' difference over the norm of full precision's.
+    Changes are this model's number minus full precision's.
     """
 
     psnr_db: Estimate
-    ssim: Estimate | None
+    ssim: Estimate
     latent_error: Estimate
     objects_right_change: Estimate
     captions_right_change: Estimate
@@ -188,9 +187,9 @@ def examine(pipeline: InfinityPipeline, exam: Exam, *, on_progress: Progress) ->
         caption_right_N=caption_right_N,
         features_NF=torch.cat(features),
     )
-    frechet_R = resampled_statistic(
-        partial(frechet_distance, features_b_NF=exam.renders_NF),
+    frechet_R = resampled_frechet(
         answers.features_NF,
+        FittedNormal.of(exam.renders_NF),
         num_resamples=exam.resampling.num_frechet_resamples,
         seed=exam.resampling.seed,
     )
@@ -221,7 +220,7 @@ def likeness(found: Examined, full: Examined, exam: Exam) -> Likeness:
     change = found.marks.frechet.value - full.marks.frechet.value
     return Likeness(
         psnr_db=bootstrap_mean(psnr_N, **how),
-        ssim=None if ssim_N is None else bootstrap_mean(ssim_N, **how),
+        ssim=bootstrap_mean(ssim_N, **how),
         latent_error=bootstrap_mean(norms_N[0] / norms_N[1], **how),
         objects_right_change=paired_difference(
             a.objects_right_N, b.objects_right_N, a.objects_N, **how
@@ -235,13 +234,11 @@ def likeness(found: Examined, full: Examined, exam: Exam) -> Likeness:
 
 def image_likeness(
     image_N3YX: Tensor, reference_N3YX: Tensor, *, batch: int
-) -> tuple[Tensor, Tensor | None]:
-    """PSNR in dB and SSIM of every image; SSIM is None without torchmetrics."""
+) -> tuple[Tensor, Tensor]:
+    """PSNR in dB and SSIM of every image."""
     pairs = list(zip(image_N3YX.split(batch), reference_N3YX.split(batch), strict=True))
-    similarity = [ssim(*pair) for pair in pairs]
-    known = [part for part in similarity if part is not None]
-    psnr_N = torch.cat([psnr_db(*pair) for pair in pairs])
-    return psnr_N, torch.cat(known) if len(known) == len(pairs) else None
+    psnr_N, ssim_N = (torch.cat([score(*pair) for pair in pairs]) for score in (psnr_db, ssim))
+    return psnr_N, ssim_N
 
 
 def forced_agreement(

@@ -6,10 +6,8 @@ objects' attributes are known and the reader can check them.
 
 from __future__ import annotations
 
-import html
 import json
 import shutil
-from base64 import b64encode
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from var_compressor.artifact import is_artifact, write_atomically
 from var_compressor.compress import calibrate_cache, check_kv, open_pipeline, quantize, store_cache
+from var_compressor.evaluation import page
 from var_compressor.evaluation.agreement import BitAgreement, bit_agreement, pooled, psnr_db, ssim
 from var_compressor.evaluation.captions import captions
 from var_compressor.evaluation.reader import Reader
@@ -60,7 +59,7 @@ class DemoResult:
     compressed: ModelResult
     agreement: BitAgreement
     psnr_db: list[float]
-    ssim: list[float] | None
+    ssim: list[float]
     full_images: Tensor
     compressed_images: Tensor
     seconds: dict[str, float]
@@ -74,7 +73,7 @@ class DemoResult:
             "bit_agreement": asdict(self.agreement),
             "mean_bit_agreement": self.agreement.mean_same_bit,
             "mean_psnr_db": sum(self.psnr_db) / len(self.psnr_db),
-            "mean_ssim": None if self.ssim is None else sum(self.ssim) / len(self.ssim),
+            "mean_ssim": sum(self.ssim) / len(self.ssim),
             "seconds": self.seconds,
         }
 
@@ -117,7 +116,6 @@ def run_demo(
         runs.append((pipeline, drawn, images, scores))
     agreement = _agreement(full, compressed, texts, [one for one, _ in runs[0][1]], sampling)
     images, compressed_images = runs[0][2], runs[1][2]
-    similarity = ssim(compressed_images, images)
     full_result, compressed_result = (_result(*run) for run in runs)
     seconds["generate"] = num_prompts * (
         full_result.seconds_per_image + compressed_result.seconds_per_image
@@ -129,7 +127,7 @@ def run_demo(
         compressed=compressed_result,
         agreement=agreement,
         psnr_db=psnr_db(compressed_images, images).tolist(),
-        ssim=None if similarity is None else similarity.tolist(),
+        ssim=ssim(compressed_images, images).tolist(),
         full_images=images,
         compressed_images=compressed_images,
         seconds=seconds,
@@ -228,9 +226,7 @@ def table_rows(result: DemoResult) -> list[tuple[str, str, str]]:
     shown = [(name, form.format(a), form.format(b)) for name, a, b, form in rows]
     totals = result.to_dict()
     shown.append(("PSNR against full precision, dB", "", f"{totals['mean_psnr_db']:.2f}"))
-    similarity = totals["mean_ssim"]
-    missing = "skipped: pip install 'var-compressor[eval]'"
-    shown.append(("SSIM", "", missing if similarity is None else f"{similarity:.3f}"))
+    shown.append(("SSIM", "", f"{totals['mean_ssim']:.3f}"))
     levels = result.agreement.same_bit
     shown.append(("bit agreement, all levels, %", "", f"{100 * totals['mean_bit_agreement']:.2f}"))
     shown += [(f"  level {i}, %", "", f"{100 * share:.2f}") for i, share in enumerate(levels)]
@@ -239,15 +235,12 @@ def table_rows(result: DemoResult) -> list[tuple[str, str, str]]:
 
 def write_page(result: DemoResult, path: Path) -> None:
     """One self-contained HTML file: the table, and every prompt with both images."""
-    rows = "\n".join(
-        f"<tr><td>{html.escape(name)}</td><td>{a}</td><td>{html.escape(b)}</td></tr>"
-        for name, a, b in table_rows(result)
-    )
-    cards = "\n".join(
-        f"<figure><div><img alt='full precision' src='{_data_url(full)}'>"
-        f"<img alt='compressed' src='{_data_url(small)}'></div>"
-        f"<figcaption>{html.escape(text)}<br><small>PSNR {psnr:.1f} dB</small></figcaption>"
-        "</figure>"
+    figures = [
+        page.pictures(
+            [(_png(full), "full precision"), (_png(small), "compressed")],
+            text,
+            f"PSNR {psnr:.1f} dB",
+        )
         for text, full, small, psnr in zip(
             result.captions,
             result.full_images,
@@ -255,63 +248,33 @@ def write_page(result: DemoResult, path: Path) -> None:
             result.psnr_db,
             strict=True,
         )
-    )
-    page = (
-        _PAGE.replace("{summary}", html.escape(result.summary))
-        .replace("{rows}", rows)
-        .replace("{cards}", cards)
-    )
-    write_atomically(path, page.encode())
+    ]
+    parts = [
+        page.paragraph(
+            f"Left: full precision. Right: {result.summary}. Same prompts, same seeds; prompts are "
+            "captions of validation scenes that the model was not trained on."
+        ),
+        page.table(("", "full precision", "compressed"), table_rows(result)),
+        page.gallery(figures),
+    ]
+    page.write_page(path, "Infinity-Tiny, full precision and compressed", parts)
 
 
 def write_grid(result: DemoResult, path: Path, *, columns: int) -> None:
     """PNG: full precision above compressed, the first ``columns`` prompts."""
     pair = torch.stack([result.full_images[:columns], result.compressed_images[:columns]])
     grid_3YX = pair.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
-    buffer = BytesIO()
-    _picture(grid_3YX).save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, _png(grid_3YX))
 
 
 def write_json(result: DemoResult, path: Path) -> None:
     write_atomically(path, (json.dumps(result.to_dict(), indent=1) + "\n").encode())
 
 
-def _picture(image_3YX: Tensor) -> Any:
+def _png(image_3YX: Tensor) -> bytes:
     from PIL import Image
 
-    return Image.fromarray(((image_3YX + 1) * 127.5).to(torch.uint8).permute(1, 2, 0).numpy())
-
-
-def _data_url(image_3YX: Tensor) -> str:
+    image = Image.fromarray(((image_3YX + 1) * 127.5).to(torch.uint8).permute(1, 2, 0).numpy())
     buffer = BytesIO()
-    _picture(image_3YX).save(buffer, "PNG")
-    return "data:image/png;base64," + b64encode(buffer.getvalue()).decode()
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>VAR-Compressor demo</title>
-<meta name="viewport" content="width=device-width">
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1.5rem 0; }
-td, th { padding: .25rem .9rem; border-bottom: 1px solid #8884; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1.2rem; }
-figure { margin: 0; }
-figure div { display: flex; gap: 4px; }
-img { width: 50%; border-radius: 6px; }
-figcaption { font-size: .85rem; }
-</style></head><body>
-<h1>Infinity-Tiny, full precision and compressed</h1>
-<p>Left: full precision. Right: {summary}. Same prompts, same
-seeds; prompts are captions of validation scenes that the model was not trained on.</p>
-<table><tr><th></th><th>full precision</th><th>compressed</th></tr>
-{rows}
-</table>
-<main>
-{cards}
-</main>
-</body></html>
-"""
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -112,32 +112,50 @@ def caption_accuracy(scores: Sequence[CaptionScore]) -> CaptionAccuracy:
     )
 
 
-def frechet_distance(features_a_NF: Tensor, features_b_NF: Tensor) -> float:
-    """Fréchet distance of the normal distributions fitted to two sets of features; computed in
-    float64, >= 0.
+@dataclass(frozen=True)
+class FittedNormal:
+    """The normal distribution of a set of features, in float64.
 
-    Tr sqrt(A B) is taken as the sum of the singular values of L_A^T L_B, where A = L_A L_A^T and B
-    = L_B L_B^T are found by symmetric eigen-decomposition: no square root of a non-symmetric
-    product, and singular covariances do no harm.
-    Raises: ValueError when the sets have other numbers of features or fewer than two rows.
-    Source: M. Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", arXiv:1706.08500.
+    ``half_RF`` has R = min(N, F) rows, and ``half_RF.T @ half_RF`` is the covariance, which is
+    never formed: its small eigenvalues would drown in the rounding of the large ones.
     """
-    a_NF, b_NF = features_a_NF.double(), features_b_NF.double()
-    if a_NF.shape[1] != b_NF.shape[1] or min(len(a_NF), len(b_NF)) < 2:
+
+    mean_F: Tensor
+    half_RF: Tensor
+
+    @classmethod
+    def of(cls, features_NF: Tensor) -> FittedNormal:
+        """Raises: ValueError for fewer than two rows, of which there is no covariance."""
+        if len(features_NF) < 2:
+            raise ValueError(f"features are {tuple(features_NF.shape)}; give two rows or more")
+        x_NF = features_NF.double()
+        mean_F = x_NF.mean(0)
+        half_RF = torch.linalg.qr(x_NF - mean_F, mode="r").R / (len(x_NF) - 1) ** 0.5
+        return cls(mean_F, half_RF)
+
+    def frechet_distance(self, other: FittedNormal) -> float:
+        """``|m_A - m_B|^2 + Tr A + Tr B - 2 Tr sqrt(A B)``, >= 0, in the features' unit squared.
+
+        Tr sqrt(A B) is the sum of the singular values of H_A H_B^T: no square root of a
+        non-symmetric product, and singular covariances do no harm.
+        Source: M. Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", arXiv:1706.08500.
+        """
+        means = (self.mean_F - other.mean_F).square().sum()
+        traces = self.half_RF.square().sum() + other.half_RF.square().sum()
+        overlap = torch.linalg.svdvals(self.half_RF @ other.half_RF.T).sum()
+        return max(float(means + traces - 2 * overlap), 0.0)
+
+
+def frechet_distance(features_a_NF: Tensor, features_b_NF: Tensor) -> float:
+    """Fréchet distance of the normal distributions fitted to two sets of features; see
+    `FittedNormal`.
+
+    Raises: ValueError when the sets have other numbers of features or fewer than two rows.
+    """
+    shapes = tuple(features_a_NF.shape), tuple(features_b_NF.shape)
+    if shapes[0][1] != shapes[1][1] or min(shapes[0][0], shapes[1][0]) < 2:
         raise ValueError(
-            f"features are {tuple(a_NF.shape)} and {tuple(b_NF.shape)}; "
+            f"features are {shapes[0]} and {shapes[1]}; "
             "give two equally wide sets of two rows or more"
         )
-    mean_term = (a_NF.mean(0) - b_NF.mean(0)).square().sum()
-    cov_a_FF, cov_b_FF = a_NF.T.cov(), b_NF.T.cov()
-    cross_FF = _factor(cov_a_FF).T @ _factor(cov_b_FF)
-    overlap = torch.linalg.svdvals(cross_FF).sum()
-    return max(float(mean_term + cov_a_FF.trace() + cov_b_FF.trace() - 2 * overlap), 0.0)
-
-
-def _factor(covariance_FF: Tensor) -> Tensor:
-    """L with L L^T equal to the covariance, from which rounding may have taken positive
-    semi-definiteness.
-    """
-    values_F, vectors_FF = torch.linalg.eigh(covariance_FF)
-    return vectors_FF * values_F.clamp(min=0.0).sqrt()
+    return FittedNormal.of(features_a_NF).frechet_distance(FittedNormal.of(features_b_NF))
