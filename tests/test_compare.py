@@ -135,8 +135,17 @@ def test_what_else_differs_is_told(tmp_path):
     drawing["drawing"]["seed"] = 7
     (folders[1] / "results.json").write_text(json.dumps(drawing))
     (found,) = compare_all(folders, on_progress=quiet).benchmarks
-    assert "seeds differ: full 0, seeds 7" in found.notes
+    assert "seeds differ: 0 full; 7 seeds" in found.notes
     assert "seeds: skipped clip_iqa: no weights" in found.notes
+
+
+def test_what_most_have_in_common_is_not_listed(tmp_path):
+    folders = [write(tmp_path / name, seed=i) for i, name in enumerate("abcde")]
+    content = json.loads((folders[3] / "results.json").read_text())
+    content["drawing"]["seed"] = 7
+    (folders[3] / "results.json").write_text(json.dumps(content))
+    (found,) = compare_all(folders, on_progress=quiet).benchmarks
+    assert found.notes == ("seeds differ: 7 d; 0 all others",)
 
 
 def test_a_reason_for_all_is_told_once(tmp_path):

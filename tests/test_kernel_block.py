@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kernels import DEVICE, HALF, IS_INTERPRETED
 from tiny import random_text, tiny_pipeline
@@ -243,3 +244,27 @@ def test_blocks_of_kernels_are_saved_under_the_same_names(full):
     assert with_kernels(full, "auto", HOPPER).transformer.state_dict().keys() == (
         full.transformer.state_dict().keys()
     )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("compute", ["w4a4", "w4a16", "bf16"])
+@pytest.mark.parametrize("capability", [HOPPER, AMPERE])
+def test_a_lora_in_the_branch_is_multiplied_too(compressed, tmp_path, compute, capability):
+    """On a linear with a shift and one without; the rank is no multiple of a tile."""
+    torch.manual_seed(0)
+    names = ("ffn.fc1", "ffn.fc2")
+    shapes = {"ffn.fc1": (256, 64), "ffn.fc2": (64, 256)}
+    tensors = {}
+    for name, (N, K) in shapes.items():
+        tensors[f"blocks.1.{name}.lora_A.weight"] = torch.randn(5, K) * 0.3
+        tensors[f"blocks.1.{name}.lora_B.weight"] = torch.randn(N, 5) * 0.3
+    save_file(tensors, tmp_path / "lora.safetensors")
+    compressed.load_lora(tmp_path / "lora.safetensors")
+    block = with_kernels(compressed, compute, capability).transformer.blocks[1]
+    for name in names:
+        linear = compressed.transformer.blocks[1].get_submodule(name)
+        x_MK = torch.nn.functional.gelu(torch.randn(5, shapes[name][1], device=DEVICE)).to(HALF)
+        found = block.get_submodule(name)(x_MK)
+        if compute != "w4a4":
+            without_shift(linear)
+        assert snr_db(found, linear(x_MK)) > 40, name

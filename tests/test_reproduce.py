@@ -116,7 +116,7 @@ def test_everything_that_is_missing_is_told_at_once(varc, tmp_path, monkeypatch)
         assert f"VAE of {channels} channels" in model and "flan-t5-xl" in model
         assert "sets/MJHQ-30K/meta_data.json: missing" in data
         names = [line.split()[2] for line in metrics]
-        assert names == ["fid", "image_reward", "clip_iqa", "clip_score", "lpips"]
+        assert names == ["fid", "clean_fid", "image_reward", "clip_iqa", "clip_score", "lpips"]
         assert all("--metric-weights" in line for line in metrics)
         assert f"({len(lines)})" in printed.err and "Traceback" not in printed.err
 

@@ -15,6 +15,7 @@ from var_compressor.evaluation.statistics import (
     bootstrap_ratio,
     centered_estimate,
     correlation,
+    distance_estimate,
     frechet_by_size,
     frechet_without_bias,
     paired_difference,
@@ -106,6 +107,9 @@ def test_a_distance_is_inside_its_centered_interval_only():
     assert raw.low > value
     assert centered.low < value < centered.high
     assert width(centered) == pytest.approx(width(raw))
+    # and none is negative
+    near = distance_estimate(0.01, distance_R)
+    assert near.low == 0 and near.high == centered_estimate(0.01, distance_R).high > 0.01
 
 
 @pytest.mark.parametrize(("top", "bottom"), [(0, 0), (3, 2)])

@@ -19,6 +19,16 @@ from var_compressor.artifact import (
     read_tensors,
     verify_files,
 )
+from var_compressor.diffusers_call import (
+    Generators,
+    ImageOutput,
+    OutputType,
+    check_output_type,
+    nearest_schedule,
+    repeated,
+    seeds_of,
+    unit_images,
+)
 from var_compressor.layers.compute import Policy, has_room, read_table, table_versions
 from var_compressor.layers.kernel_block import (
     KernelBlock,
@@ -37,6 +47,7 @@ from var_compressor.layers.kv_params import (
 )
 from var_compressor.layers.level_graphs import LevelGraphs, padded
 from var_compressor.layers.linear import QuantizedLinear, load_compressed
+from var_compressor.layers.lora import Adapters
 from var_compressor.layers.nunchaku_linear import (
     NunchakuFeedForward,
     NunchakuLinear,
@@ -69,6 +80,8 @@ SAVING_STRIP_ROWS = 64
 
 Text = Sequence[str] | TextFeatures
 OnLevel = Callable[[Level, Tensor], None]
+# diffusers' (pipeline, step, timestep, {"latents": …})
+OnStepEnd = Callable[["InfinityPipeline", int, int, dict[str, Any]], object]
 
 
 @dataclass
@@ -172,6 +185,7 @@ class InfinityPipeline:
         # off for who draws once: nothing would be replayed, and the cache be kept for nothing
         self.records_graphs = True
         self._drawer: _Drawer | None = None
+        self.adapters = Adapters(transformer)
 
     @property
     def device(self) -> torch.device:
@@ -211,6 +225,33 @@ class InfinityPipeline:
             )
             use_kernels(self.transformer, policy)
         return obstacle
+
+    def load_lora(self, path: str | Path, *, name: str = "default", scale: float = 1.0) -> None:
+        """Add a low-rank adapter: a file, or a folder that PEFT saved; see `layers.lora`.
+
+        Raises: CheckpointError naming what does not fit; ValueError for a name in use, or once
+        kernels run the blocks.
+        """
+        self._check_adaptable()
+        self.adapters.load(path, name=name, strength=scale)
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Let an adapter count so much, 1 as trained. Raises: ValueError as `load_lora`."""
+        self._check_adaptable()
+        self.adapters.set_strength(name, scale)
+
+    def unload_lora(self, name: str = "default") -> None:
+        """Take an adapter off; outputs are those of before, to the bit. Raises: ValueError."""
+        self._check_adaptable()
+        self.adapters.unload(name)
+
+    def _check_adaptable(self) -> None:
+        taken_over = (KernelBlock, NunchakuLinear, NunchakuFeedForward)
+        if any(isinstance(module, taken_over) for module in self.transformer.modules()):
+            raise ValueError(
+                "kernels have taken over this pipeline's linears; give a LoRA to from_pretrained("
+                "lora=[(path, scale)]), or open it with compute='reference'"
+            )
 
     def save_memory(self) -> None:
         """From now on take the least memory, at some cost of time.
@@ -252,6 +293,7 @@ class InfinityPipeline:
         stream_blocks: bool = False,
         compute: str = "auto",
         low_memory: bool = False,
+        lora: Sequence[tuple[str | Path, float]] = (),
         on_tensor: directory.OnTensor | None = None,
     ) -> InfinityPipeline:
         """Open a model directory, an artifact, an embedded model ("infinity-tiny") or a hub id.
@@ -264,7 +306,8 @@ class InfinityPipeline:
         full-precision transformer in their files, to be read one at a time, and the VAE on the
         CPU. ``compute``: how blocks run where there are kernels (`layers.compute`); "reference"
         keeps the plain ones, which calibration needs. ``low_memory``: `save_memory`, and weights
-        that stay packed if the choice is left to "auto". ``on_tensor(name, bytes)`` is called as
+        that stay packed if the choice is left to "auto". ``lora``: adapters and their scales, as by
+        `load_lora`, each named by its path. ``on_tensor(name, bytes)`` is called as
         the transformer's tensors, or an artifact's files, arrive (`stored_bytes` in all).
         Raises: CheckpointError or ArtifactError (ValueErrors) naming the file that is missing or
         does not fit.
@@ -274,7 +317,7 @@ class InfinityPipeline:
             compute = "packed"
         if is_artifact(source) or is_unfinished(source):
             opened = cls._from_artifact(Path(source), dtype, device, text_encoder_cache, on_tensor)
-            return opened._made_ready(coded, compute, low_memory)
+            return opened._made_ready(coded, compute, low_memory, lora)
         folder = directory.resolve(source)
         index = directory.read_index(folder)
         if not index.has_vae:
@@ -290,14 +333,21 @@ class InfinityPipeline:
             )
         opened = cls._around(transformer, folder, dtype, device, text_encoder_cache)
         compute = "reference" if stream_blocks else compute
-        return opened._made_ready(coded, compute, low_memory)
+        return opened._made_ready(coded, compute, low_memory, lora)
 
     def _made_ready(
-        self, coded: WeightOnly | None, compute: str, low_memory: bool
+        self,
+        coded: WeightOnly | None,
+        compute: str,
+        low_memory: bool,
+        lora: Sequence[tuple[str | Path, float]],
     ) -> InfinityPipeline:
         """Itself, before the text encoder is read, which will have linears of that kind."""
         if self.text_encoder is not None:
             self.text_encoder.coded = coded
+        # before kernels take the linears over
+        for path, strength in lora:
+            self.load_lora(path, name=str(path), scale=strength)
         if compute != "reference":
             self.use_kernels(compute)
         if low_memory:
@@ -439,6 +489,53 @@ class InfinityPipeline:
                 directory.write_text_encoder(folder, t5.encoder_dir, t5.tokenizer_dir)
             index = directory.ModelIndex(True, reference, provenance or {})
             directory.write_index(folder, index)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Text,
+        negative_prompt: str | Text | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 3.0,
+        generator: Generators | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: OnStepEnd | None = None,
+    ) -> ImageOutput:
+        """Draw images as diffusers' pipelines do; `generate` has every choice there is.
+
+        ``height`` and ``width`` in pixels: the nearest size of the model is drawn, with a warning
+        if it is another. The images of one ``generator`` are those of ``generate(seed=its seed)``.
+        ``callback_on_step_end`` is called after each level; what it returns is not used.
+        Raises: ValueError for anything that does not fit.
+        """
+        check_output_type(output_type)
+        schedule = nearest_schedule(height, width, self.schedule_for(1.0, None))
+        text = self.encode([prompt] if isinstance(prompt, str) else prompt)
+        if isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt] * len(text.lens)
+        negative = None if negative_prompt is None else self.encode(negative_prompt)
+
+        def on_level(level: Level, latent_BDYX: Tensor) -> None:
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, level.index, level.index, {"latents": latent_BDYX})
+
+        drawn = self.draw(
+            repeated(text, num_images_per_prompt),
+            schedule,
+            seed=seeds_of(generator, len(text.lens) * num_images_per_prompt),
+            sampling=Sampling(cfg=guidance_scale),
+            negative=None if negative is None else repeated(negative, num_images_per_prompt),
+            on_level=on_level,
+        )
+        if output_type == "latent":
+            return ImageOutput(drawn.latent_BDYX)
+        generation = Generation(self.decode(drawn.latent_BDYX, strip_rows=None), drawn)
+        if output_type == "pil":
+            return ImageOutput(generation.pil)
+        return ImageOutput(unit_images(generation.image_B3YX, output_type))
 
     @torch.inference_mode()
     def generate(

@@ -73,7 +73,7 @@ def ablate(
         "out/ablation"
     ),
     benchmark: Annotated[str, typer.Option(help="tiny, MJHQ, DCI, or a prompt file.")] = "tiny",
-    num_samples: Annotated[int, typer.Option(min=2, help="Images of every cell.")] = 64,
+    num_samples: Annotated[int, typer.Option(min=2, help="Images of every line.")] = 16,
     methods: Annotated[
         str, typer.Option(help="Separated by commas.")
     ] = "naive,smoothquant,svdquant",
@@ -82,7 +82,7 @@ def ablate(
     ] = None,
     group_prompts: Annotated[
         int, typer.Option(min=2, help="Prompts that tell what each group of layers costs.")
-    ] = 16,
+    ] = 8,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of images and subset.")] = 0,
     data_root: Annotated[Path, typer.Option(help="Folder of MJHQ-30K and sDCI.")] = Path("data"),
     metric_weights: Annotated[

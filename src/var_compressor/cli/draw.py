@@ -66,6 +66,13 @@ def generate(
         Path | None,
         typer.Option(help="What `calibrate-kv --out` wrote: a directory, or kv_quant_calib.pt."),
     ] = None,
+    lora: Annotated[
+        list[Path] | None,
+        typer.Option(help="Low-rank adapter: a .safetensors file or a PEFT folder; may repeat."),
+    ] = None,
+    lora_scale: Annotated[
+        list[float] | None, typer.Option(help="Of each --lora, in their order; 1 if left out.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=MAX_SEED, help="Of the first image; the next gets seed + 1.")
     ] = 0,
@@ -111,6 +118,7 @@ def generate(
         paths = [out.with_stem(f"{out.stem}-{i}") for i in range(len(prompt))]
     for path in paths:
         check_png_path(path)
+    adapters = _with_scales(lora or [], lora_scale or [])
     with byte_progress("loading", InfinityPipeline.stored_bytes(model)) as on_tensor:
         pipeline = InfinityPipeline.from_pretrained(
             model,
@@ -120,6 +128,7 @@ def generate(
             text_encoder_bits=text_encoder_bits,
             compute=compute.value,
             low_memory=low_memory,
+            lora=adapters,
             on_tensor=on_tensor,
         )
     pipeline.records_graphs = False
@@ -138,7 +147,7 @@ def generate(
             vae_strip_rows=strip_rows,
             on_level=lambda level, latent: on_progress("level", level.index + 1, num_levels),
         )
-    shared = {
+    shared: dict[str, object] = {
         "model": model,
         "kv": None if kv is None else str(kv),
         "cfg": cfg,
@@ -148,9 +157,20 @@ def generate(
     }
     shared |= {"aspect_ratio": aspect_ratio, "pixel_budget": pixel_budget}
     shared |= {"text_encoder_bits": text_encoder_bits}
+    if adapters:
+        shared["lora"] = [[str(path), strength] for path, strength in adapters]
     for i, (image, path) in enumerate(zip(generation.pil, paths, strict=True)):
         write_png(image, path, {"prompt": prompt[i], "seed": seed + i, **shared})
         typer.echo(f"wrote {path}")
+
+
+def _with_scales(lora: list[Path], strengths: list[float]) -> list[tuple[Path, float]]:
+    """Raises: ValueError when not every adapter or none has a scale."""
+    if strengths and len(strengths) != len(lora):
+        raise ValueError(
+            f"{len(strengths)} --lora-scale for {len(lora)} --lora; give each one a scale, or none"
+        )
+    return list(zip(lora, strengths or [1.0] * len(lora), strict=True))
 
 
 class Baseline(str, Enum):

@@ -259,10 +259,11 @@ def _notes(benchmark: str, loaded: Sequence[Loaded], ids: Sequence[str]) -> tupl
         "machine": lambda one: one.results.machine.get("name"),
     }
     for what, value_of in told.items():
-        values = {one.name: value_of(one) for one in loaded}
-        if len({str(value) for value in values.values()}) > 1:
-            shown = ", ".join(f"{name} {value}" for name, value in values.items())
-            notes.append(f"{what} differ: {shown}")
+        names: dict[str, list[str]] = {}
+        for one in loaded:
+            names.setdefault(str(value_of(one)), []).append(one.name)
+        if len(names) > 1:
+            notes.append(f"{what} differ: {_by_value(names)}")
     for one in loaded:
         found = one.results.benchmarks[benchmark]
         if len(found.ids) > len(ids):
@@ -272,6 +273,16 @@ def _notes(benchmark: str, loaded: Sequence[Loaded], ids: Sequence[str]) -> tupl
                 "differences leave them out"
             )
     return (*notes, *_skipped(benchmark, loaded))
+
+
+def _by_value(names: Mapping[str, Sequence[str]]) -> str:
+    """Whose a value is; a value that more than three share is that of all others."""
+    most = max(names, key=lambda value: len(names[value]))
+    shared = {value: len(names[value]) > 3 and value == most for value in names}
+    order = sorted(names, key=lambda value: shared[value])
+    return "; ".join(
+        f"{value} {'all others' if shared[value] else ', '.join(names[value])}" for value in order
+    )
 
 
 def _skipped(benchmark: str, loaded: Sequence[Loaded]) -> list[str]:

@@ -33,6 +33,7 @@ from var_compressor.evaluation.statistics import (
     bootstrap_mean,
     bootstrap_ratio,
     centered_estimate,
+    distance_estimate,
     paired_difference,
     resampled_frechet,
 )
@@ -202,7 +203,7 @@ def mark(answers: Answers, frechet_R: Tensor, exam: Exam) -> Marks:
     return Marks(
         objects_right=bootstrap_ratio(answers.objects_right_N, answers.objects_N, **how),
         captions_right=bootstrap_mean(answers.caption_right_N, **how),
-        frechet=centered_estimate(
+        frechet=distance_estimate(
             frechet_distance(answers.features_NF, exam.renders_NF), frechet_R
         ),
     )

@@ -35,6 +35,7 @@ from var_compressor.evaluation.statistics import (
     Estimate,
     bootstrap_mean,
     centered_estimate,
+    distance_estimate,
     frechet_by_size,
     num_frechet_resamples,
     paired_difference,
@@ -272,7 +273,7 @@ def _distance(
     by_size = frechet_by_size(
         rows_NF, truth, sorted(set(sizes)), max_sets=_MAX_SETS, seed=RESAMPLING_SEED
     )
-    result = _result(spec, centered_estimate(value, distances_R), count)
+    result = _result(spec, distance_estimate(value, distances_R), count)
     return MetricResult(**{**vars(result), "by_size": by_size}), distances_R
 
 

@@ -166,6 +166,11 @@ def _bars(found: Estimate) -> list[list[float]]:
 
 
 def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
+    """In 256 colours: a third of the bytes, and no difference to be seen."""
+    from PIL import Image
+
+    drawn, buffer = BytesIO(), BytesIO()
+    figure.savefig(drawn, format="png")
+    image = Image.open(drawn).convert("RGB")
+    image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -114,6 +114,12 @@ def centered_estimate(value: float, resamples_R: Tensor) -> Estimate:
     return percentile_estimate(value, resamples_R - resamples_R.mean() + value)
 
 
+def distance_estimate(value: float, resamples_R: Tensor) -> Estimate:
+    """`centered_estimate` of a distance, which is never below 0."""
+    found = centered_estimate(value, resamples_R)
+    return Estimate(value, max(found.low, 0.0), found.high)
+
+
 # --- Fréchet distances ----------------------------------------------------------------------------
 
 

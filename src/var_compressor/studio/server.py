@@ -204,6 +204,8 @@ def bound(address: Address) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((address.host, address.port))
+            # who hears of the address may connect before the first event is handled
+            listener.listen()
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise ValueError(
