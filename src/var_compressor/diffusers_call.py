@@ -97,7 +97,8 @@ def nearest_schedule(height: int | None, width: int | None, own: Schedule) -> Sc
         warnings.warn(
             f"{sides[0]}x{sides[1]} (height x width) is no size of this model; drawing the "
             f"nearest, {nearest.image_size[0]}x{nearest.image_size[1]}",
-            stacklevel=3,
+            # past the decorator of the call
+            stacklevel=4,
         )
     return nearest
 

@@ -33,7 +33,7 @@ _METADATA_KEY = "lora_adapter_metadata"
 _PREFIX = re.compile(r"^(base_model\.model\.|transformer\.|module\.)+")
 _TENSOR = re.compile(
     r"^(?P<module>.+)\.(?:(?P<side>lora_A|lora_B|lora_down|lora_up)(?:\.[^.]+)?\.weight"
-    r"|(?P<alpha>alpha))$"
+    r"|(?P<alpha>alpha))\Z"
 )
 _SIDES = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up"}
 
@@ -92,7 +92,7 @@ def _role(where: str, name: str) -> tuple[str, str]:
     found = _TENSOR.match(_PREFIX.sub("", name))
     if found is None:
         raise CheckpointError(
-            f"{where}: {name} is not a part of a LoRA on linears; expected names that end in "
+            f"{where}: {name!r} is not a part of a LoRA on linears; expected names that end in "
             ".lora_A.weight, .lora_B.weight, .lora_down.weight, .lora_up.weight or .alpha"
         )
     return found["module"], "alpha" if found["alpha"] else _SIDES[found["side"]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from var_compressor.models.tensor_files import is_as_sealed, open_tensors, seal_
 from var_compressor.models.transformer import TextFeatures
 
 PROMPT_CACHE_VERSION = 2
+# transformers patches torch for all threads while it makes a model
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class CodedLinears(Protocol):
@@ -170,11 +173,12 @@ class TextEncoder:
         disable_progress_bar()
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
-            if self.coded is None:
-                model: Any = T5EncoderModel.from_pretrained(self.encoder_dir, dtype=self.dtype)
-            else:
-                model = read_coded(self.encoder_dir, self.coded, self.dtype, self.device)
+            with _ONE_AT_A_TIME:
+                self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_dir)
+                if self.coded is None:
+                    model: Any = T5EncoderModel.from_pretrained(self.encoder_dir, dtype=self.dtype)
+                else:
+                    model = read_coded(self.encoder_dir, self.coded, self.dtype, self.device)
         except (OSError, KeyError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
