@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -134,10 +135,17 @@ def groups(tiles: Tiles | None, *, packed: bool) -> Variant:
 
 
 def w4a16(tiles: Tiles | None) -> Variant:
-    return lambda x, w: gemm.gemm_w4a16(
-        x.x, w.tiled, w.wscales_GN, x.low, w.up_NR, w.bias_N,
-        tiles=tiles or chosen("w4a16", x.x, w.tiled), dtype=BF16,
-    )  # fmt: skip
+    """``tiles.k`` channels per program."""
+
+    def run(x: Input, w: Linear) -> Tensor:
+        used = chosen("w4a16", x.x, w.tiled)
+        if tiles is not None:
+            used = replace(tiles, splits=-(-w.K // tiles.k))
+        return gemm.gemm_w4a16(
+            x.x, w.tiled, w.wscales_GN, x.low, w.up_NR, w.bias_N, tiles=used, dtype=BF16
+        )
+
+    return run
 
 
 def settled() -> dict[str, dict[str, Variant]]:
@@ -326,11 +334,12 @@ def time_input(M: int, K: int, source: str, coding: Coding) -> dict[str, Any]:
     rows_RK, update_MK = torch.randn(2, K, device="cuda"), x_MK.to(BF16)
     made_from: Any = {"norm": Norm(rows_RK, rows_RK, update_MK, rows_RK), "plain": 0, "gelu": GELU}
     x = x_MK if source == "norm" else x_MK.to(BF16)
-    smoothed = coding.kind not in (UNSMOOTHED, FP8_TOKEN)
+    smoothed, inverse_K = coding.kind != UNSMOOTHED, 1 / smooth_K
+    projected = smoothed and coding.kind != FP8_TOKEN
     ms = time_ms(
         lambda: prepare(
-            x, coding, smooth_K=smooth_K if smoothed else None,
-            down_NK=down_NK if smoothed else None, source=made_from[source],
+            x, coding, smooth_K=smooth_K if smoothed else None, inverse_smooth_K=inverse_K,
+            down_NK=down_NK if projected else None, source=made_from[source],
             tokens_per_row=M // 2, dtype=BF16,
         )
     )  # fmt: skip

@@ -36,7 +36,7 @@ class Coding:
 
     ``kind`` one of the constants above; ``group_size`` channels per scale of INT_GROUPS, with codes
     ``lowest..highest`` stored as int8, or as e4m3 where ``as_fp8`` (which holds them exactly);
-    ``shift`` is added before smoothing.
+    ``shift`` is added to them before smoothing.
     """
 
     kind: int
@@ -94,6 +94,7 @@ def prepare(
     """
     M, K = x_MK.shape
     assert x_MK.stride(1) == 1 and K % 16 == 0, (x_MK.shape, x_MK.stride())
+    assert coding.kind == INT_GROUPS or not coding.shift, "only codes in groups are shifted"
     device = x_MK.device
     rank = 0 if down_NK is None else len(down_NK)
     values_MK = torch.empty(M, K, dtype=_dtype(coding, dtype), device=device)
