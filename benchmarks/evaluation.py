@@ -162,7 +162,8 @@ def time_here(args: argparse.Namespace) -> None:
         drawing_s = time.perf_counter() - began
         began = time.perf_counter()
         drawn = [Drawn(prompts, gallery, None)]
-        measure_rows("reader_fid", drawn, weights_dir=None, crew=crew, on_progress=print)
+        silently = silent["on_progress"]
+        measure_rows("reader_fid", drawn, weights_dir=None, crew=crew, on_progress=silently)
         measuring_s = time.perf_counter() - began
         if crew.is_first:
             backend = "nothing to add up"

@@ -20,7 +20,6 @@ from var_compressor.artifact import (
     MANIFEST,
     ArtifactError,
     artifact_writer,
-    inspect_artifact,
     is_artifact,
     put_kv,
     read_manifest,
@@ -28,8 +27,9 @@ from var_compressor.artifact import (
     verify_files,
     write_atomically,
 )
-from var_compressor.models.directory import locked
+from var_compressor.artifact_inspection import inspect_artifact
 from var_compressor.models.inspection import sha256_of, to_text
+from var_compressor.models.new_directory import locked
 from var_compressor.models.tensor_files import CheckpointError
 from var_compressor.pipeline import InfinityPipeline
 
@@ -307,7 +307,7 @@ def test_inspect_tells_base_formats_sizes_and_origin(folder, model_dir, artifact
     sizes = {part.name: part.num_bytes for part in found.parts}
     packed = sum(t.nbytes for name, t in tensors.items() if name.endswith(".qweight"))
     branches = sum(t.nbytes for name, t in tensors.items() if ".proj_" in name)
-    assert sizes["4-bit weights, two a byte"] == packed
+    assert sizes["packed weights"] == packed
     assert sizes["low-rank branches"] == branches
     assert sizes["KV cache parameters"] == sum(
         t.nbytes for name, t in tensors.items() if name.startswith(KV_FILE)

@@ -125,7 +125,7 @@ def test_the_last_output_is_what_the_head_reads():
     with stream_of(pipeline, CalibrationTrace((recording,), schedule, True)) as stream:
         for block in pipeline.transformer.blocks:
             stream.run(block, one_layer_cache(pipeline, schedule), schedule.levels)
-        logits = pipeline.guided_logits(stream.store.get(0), stream.contexts[0], 3.0)
+        logits = pipeline.transformer.guided_logits(stream.store.get(0), stream.contexts[0], 3.0)
     sizes = [level.num_tokens for level in schedule.levels]
     for ours, theirs in zip(logits.split(sizes, 1), run.trace.logits, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

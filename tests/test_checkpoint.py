@@ -371,7 +371,7 @@ def test_names_that_are_no_directory(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, message in (
         ("infinity-2b", "varc convert"),
-        ("someone/no-such-model", "the hub gave no model"),
+        ("someone/no-such-model", "the hub cannot be reached"),
         ("no such thing", "no such directory"),
     ):
         with pytest.raises(CheckpointError, match=message):

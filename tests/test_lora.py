@@ -208,12 +208,24 @@ def test_files_that_do_not_fit_are_refused_by_name_and_shape(tmp_path, adapter):
     refused(tmp_path / "none.safetensors", "no such file")
 
 
+def test_a_flipped_bit_in_a_torch_file_does_not_become_a_weight(tmp_path, adapter):
+    path = tmp_path / "lora.pt"
+    tensors = load_file(adapter)
+    torch.save(tensors, path)
+    content = bytearray(path.read_bytes())
+    first = tensors["head_proj.lora_A.weight"].numpy().tobytes()
+    content[content.index(first) + 1] ^= 1
+    path.write_bytes(content)
+    refused(path, "is damaged")
+
+
 def test_settings_that_change_the_sum_are_refused(tmp_path, adapter):
     folder = tmp_path / "peft"
     folder.mkdir()
     shutil.copy(adapter, folder / "adapter_model.safetensors")
     config = folder / "adapter_config.json"
     for text, pattern in (
+        ('{"use_rslora": "false"}', "use_rslora is 'false', expected true or false"),
         ('{"use_dora": true}', "use_dora"),
         ('{"lora_alpha": "8"}', "lora_alpha is '8'"),
         ('{"lora_alpha": 1%s}' % ("0" * 400), "expected a number"),

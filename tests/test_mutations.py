@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from mutations import (
     damaged_bytes,
@@ -31,6 +32,7 @@ from mutations import (
     damaged_yaml,
 )
 from original import CONFIG, VAE, write_base, write_original
+from tiny import tiny_pipeline
 from var_compressor.artifact import (
     KV_FILE,
     TRACE_FILE,
@@ -41,11 +43,13 @@ from var_compressor.artifact import (
     verify_files,
     write_kv,
 )
+from var_compressor.artifact_inspection import inspect_artifact
 from var_compressor.images import read_settings, write_png
 from var_compressor.interop import kv_quant_calib
 from var_compressor.interop.import_original import import_artifact, settings_of
 from var_compressor.layers.kv_params import CacheFormat, params_from_tensors, params_to_tensors
 from var_compressor.layers.linear import load_compressed
+from var_compressor.layers.lora import CONFIG_NAME, WEIGHTS_NAME, read_lora
 from var_compressor.models import directory
 from var_compressor.models.checkpoint import (
     load_official_transformer,
@@ -55,10 +59,13 @@ from var_compressor.models.checkpoint import (
     vae_names,
 )
 from var_compressor.models.inspection import inspect_path
+from var_compressor.models.new_directory import write_component
 from var_compressor.models.schedule import Schedule
 from var_compressor.models.text_encoder import TextEncoder
-from var_compressor.models.transformer import TextFeatures
+from var_compressor.models.transformer import Infinity, TextFeatures
+from var_compressor.pipeline import InfinityPipeline
 from var_compressor.prompts import load_prompts
+from var_compressor.publishing import published, source_files
 from var_compressor.quant.calibration import CalibrationTrace, Recording
 from var_compressor.quant.recording import read_trace, write_trace
 from var_compressor.recipe import load_recipe
@@ -168,6 +175,24 @@ def _artifact(folder: Path, request: pytest.FixtureRequest) -> Reader:
     return Reader(folder, {**files, "manifest.json": damaged_json}, opened, True, True)
 
 
+@reader("compressed directory")
+def _compressed(folder: Path, request: pytest.FixtureRequest) -> Reader:
+    artifact = request.getfixturevalue("kv_artifact_dir")
+    InfinityPipeline.from_pretrained(artifact, dtype=torch.float32).save_pretrained(folder)
+
+    def opened():
+        pipeline = InfinityPipeline.from_pretrained(folder, dtype=torch.float32)
+        inspect_artifact(folder, with_hashes=False)
+        published(source_files(folder), "someone/tiny", [])
+        return told(pipeline.transformer.state_dict()), told(pipeline.vae.state_dict())
+
+    files = dict.fromkeys(
+        ["model_index.json", "transformer/config.json", "transformer/manifest.json"], damaged_json
+    )
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    return Reader(folder, {**files, vae: damaged_safetensors}, opened, True, True)
+
+
 @reader("safetensors without a checksum")
 def _tensors(folder: Path, request: pytest.FixtureRequest) -> Reader:
     """What is behind the checksums: names, shapes and dtypes must be right by themselves."""
@@ -234,9 +259,7 @@ def _shards(folder: Path, request: pytest.FixtureRequest) -> Reader:
     )
     target = folder / "transformer"
     folder.mkdir(exist_ok=True)
-    directory.write_component(
-        target, model.config, model.state_dict().items(), max_shard_bytes=2**19
-    )
+    write_component(target, model.config, model.state_dict().items(), max_shard_bytes=2**19)
     (index,) = target.glob("*.index.json")
     files = {f"transformer/{index.name}": damaged_json}
     files |= {
@@ -293,6 +316,74 @@ def _kv_pt(folder: Path, request: pytest.FixtureRequest) -> Reader:
         return told(params_to_tensors(kv_quant_calib.read(path, CONFIG)))
 
     return Reader(folder, {f"source/{path.name}": damaged_torch}, opened, True)
+
+
+LORA_TARGETS = {"blocks.0.self_attn.qkv": (192, 64), "blocks.2.ffn.fc2": (64, 256)}
+
+
+def _lora_tensors() -> dict[str, torch.Tensor]:
+    """A rank of 4 with alphas of their own."""
+    tensors = {}
+    for name, (N, K) in LORA_TARGETS.items():
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = (
+            torch.randn(4, K),
+            torch.randn(N, 4),
+        )
+        tensors[f"{name}.alpha"] = torch.tensor(8.0)
+    return tensors
+
+
+def _read_loras(transformer: Infinity, *paths: Path) -> list[dict[str, tuple]]:
+    """What was read, after a look at whether it could be put on the model."""
+    found = []
+    for path in paths:
+        updates = read_lora(path, transformer)
+        for name, update in updates.items():
+            linear = transformer.get_submodule(name)
+            change_NK = update.up_NR @ update.down_RK
+            assert change_NK.shape == linear.weight.shape and change_NK.dtype == torch.float32
+            assert update.up_NR.isfinite().all() and update.down_RK.isfinite().all()
+        found.append({name: told(vars(update)) for name, update in updates.items()})
+    return found
+
+
+@reader("LoRA")
+def _lora(folder: Path, request: pytest.FixtureRequest) -> Reader:
+    """As PEFT saves it, a folder, and as diffusers does, with the settings in the header."""
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": False}
+    single = folder / "single.safetensors"
+    tensors = _lora_tensors()
+    save_file(tensors, single)
+    header = {f"transformer.{key}": value for key, value in settings.items()}
+    plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
+    metadata = {"lora_adapter_metadata": json.dumps(header)}
+    save_file(plain, folder / "diffusers.safetensors", metadata=metadata)
+    peft = folder / "peft"
+    peft.mkdir()
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in plain.items()}
+    save_file(prefixed, peft / WEIGHTS_NAME)
+    (peft / CONFIG_NAME).write_text(json.dumps(settings))
+
+    transformer = tiny_pipeline().transformer
+
+    def opened():
+        return _read_loras(transformer, peft, single, folder / "diffusers.safetensors")
+
+    assert all(one == opened()[0] for one in opened())
+    files: dict[str, Damage] = dict.fromkeys(
+        ["single.safetensors", "diffusers.safetensors", f"peft/{WEIGHTS_NAME}"],
+        damaged_safetensors,
+    )
+    return Reader(folder, {**files, f"peft/{CONFIG_NAME}": damaged_json}, opened)
+
+
+@reader("LoRA of torch.save")
+def _lora_torch(folder: Path, request: pytest.FixtureRequest) -> Reader:
+    path, transformer = folder / "lora.pt", tiny_pipeline().transformer
+    torch.save(_lora_tensors(), path)
+    return Reader(
+        folder, {path.name: damaged_torch}, lambda: _read_loras(transformer, path), is_checked=True
+    )
 
 
 @reader("recipes")

@@ -76,6 +76,40 @@ def test_e2m1_codes_are_the_hardware_s_and_midpoints_go_up():
     assert codes_1K.tolist() == [list(table.values())]
 
 
+@pytest.mark.parametrize(
+    ("nbits", "kind", "span", "dtype", "values", "message"),
+    [
+        (9, "int", (-3, 3), torch.int8, (), "9 bits; codes have 1 to 8"),
+        (0, "int", (0, 0), torch.int8, (), "0 bits; codes have 1 to 8"),
+        (4, "float", (-6, 6), torch.uint8, (), "floats have 8"),
+        (2, "int", (-3, 3), torch.int8, (), "2 bits do not hold -3 to 3"),
+        (3, "int", (-3, 3), torch.uint8, (), "are torch.int8, got torch.uint8"),
+        (1, "table", (-1, 1), torch.uint8, (-1.0, 0.0, 1.0), "3 values, expected 2"),
+        (1, "table", (-1, 1), torch.uint8, (-1.0, 1.0), "0 among them"),
+        (1, "table", (0, 2), torch.uint8, (0.0, 1.0), "the values span 0.0 to 1.0"),
+        (1, "table", (0, 1), torch.int8, (0.0, 1.0), "are torch.uint8, got torch.int8"),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused(nbits, kind, span, dtype, values, message):
+    with pytest.raises(ValueError, match=f"odd: .*{message}"):
+        primitives.NumberFormat("odd", nbits, kind, *span, dtype, values=values)
+
+
+def test_a_table_rounds_to_the_nearest_value_and_back():
+    values = (0.0, 1.0, -0.25, 0.5)
+    format = primitives.NumberFormat("odd", 2, "table", -0.25, 1, torch.uint8, values=values)
+    x_MK = torch.rand(9, 64, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    options = {"format": format, "group_size": 16, "scale_dtype": torch.float32}
+    codes, scales = primitives.quantize_dynamic(x_MK, **options)
+    x_MGE = x_MK.view(9, 4, 16, 1) / scales.view(9, 4, 1, 1)
+    expected = (x_MGE - torch.tensor(values)).abs().argmin(-1).view(9, 64)
+    assert torch.equal(codes.long(), expected)
+    found = primitives.dequantize_symmetric(codes, scales, format=format)
+    assert torch.equal(found, primitives.round_to_grid(x_MK, scales, format=format))
+    zeros, ones = primitives.quantize_dynamic(torch.zeros(1, 16), **options)
+    assert not primitives.dequantize_symmetric(zeros, ones, format=format).any()
+
+
 def mixed_weights(*batch):
     """Matrices of very different ranges, with a zero group, a tiny one and a zero matrix."""
     rng = torch.Generator().manual_seed(3)

@@ -101,7 +101,7 @@ def whole_forward(pipeline, trace, i):
     h = model(x, schedule.levels, context, cache, model.rotary_table(schedule))
     for handle in handles:
         handle.remove()
-    logits = pipeline.guided_logits(h, context, COLLECTION.sampling.cfg)
+    logits = pipeline.transformer.guided_logits(h, context, COLLECTION.sampling.cfg)
     return (
         list(logits.split([level.num_tokens for level in schedule.levels], 1)),
         inputs,

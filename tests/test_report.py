@@ -18,17 +18,17 @@ from typer.testing import CliRunner
 from var_compressor import cli, compress
 from var_compressor.ops.primitives import FORMATS, round_trip
 from var_compressor.quant.report import (
-    NORMAL_SNR_DB,
     SUMMARY_COLUMNS,
-    VANISHING_RATIO,
     LinearReport,
     all_warnings,
     expected_snr_db,
     final_snr_db,
     model_warnings,
+    normal_snr_db,
     read_report,
     stage_seconds,
     summary_rows,
+    vanishing_ratio,
     warnings_for,
     write_plot,
 )
@@ -145,7 +145,17 @@ def test_the_bound_follows_the_formats():
     w8a8 = PRESETS["w8a8"].for_module("ffn.fc1")
     assert len(warnings_for(with_snr(30.0), w8a8)) == 1
     assert warnings_for(with_snr(34.0), w8a8) == ()
-    assert NORMAL_SNR_DB.keys() == VANISHING_RATIO.keys() == {*WEIGHT_FORMATS, *ACT_FORMATS}
+
+
+def test_noise_and_range_of_the_formats():
+    known = {
+        "sint4": (19.4, 14), "uint4": (19.4, 30), "nvfp4": (20.4, 24),
+        "fp8_e4m3": (31.6, 448 * 2**10), "sint8": (41.2, 254),
+    }  # fmt: skip
+    assert known.keys() == {*WEIGHT_FORMATS, *ACT_FORMATS}
+    for name, (snr_db, ratio) in known.items():
+        assert normal_snr_db(name) == pytest.approx(snr_db, abs=0.1)
+        assert vanishing_ratio(name) == ratio
 
 
 @pytest.mark.parametrize("preset", ["svdquant", "w8a8", "w4a16", "w4a8", "nvfp4"])
@@ -174,7 +184,7 @@ def test_the_median_channel_vanishes_beyond_the_ratio():
     for name in ("sint4", "sint8"):
         for ratio, vanishes in ((0.98, False), (1.02, True)):
             x = torch.zeros(1, 16)
-            x[0, 0], x[0, 1] = 1.0, 1 / (ratio * VANISHING_RATIO[name])
+            x[0, 0], x[0, 1] = 1.0, 1 / (ratio * vanishing_ratio(name))
             x_back = round_trip(x, format=FORMATS[name], group_size=16, scale_dtype=torch.float32)
             assert (x_back[0, 1] == 0) == vanishes, (name, ratio)
 

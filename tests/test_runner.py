@@ -191,7 +191,7 @@ def test_a_lost_process_is_told_of_once(pipeline, tmp_path):
 
 
 def test_two_runs_do_not_draw_into_the_same_folder(pipeline, tmp_path):
-    from var_compressor.models.directory import locked
+    from var_compressor.models.new_directory import locked
 
     one = gallery(tmp_path)
     one.open()

@@ -16,8 +16,8 @@ from loop import MAX_FILE_BYTES
 from safetensors.torch import load_file
 
 from var_compressor.models.config import MODELS
-from var_compressor.models.directory import (
-    ModelIndex,
+from var_compressor.models.directory import ModelIndex
+from var_compressor.models.new_directory import (
     new_directory,
     write_component,
     write_index,

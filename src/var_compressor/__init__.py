@@ -6,16 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from var_compressor.opening import load_artifact
     from var_compressor.pipeline import InfinityPipeline
     from var_compressor.quant.ptq import quantize_model
 
 __version__ = "0.1.0"
 
-__all__ = ["InfinityPipeline", "__version__", "quantize_model"]
+__all__ = ["InfinityPipeline", "__version__", "load_artifact", "quantize_model"]
 
 # imported on first use, because `varc --help` must not wait for torch
 _HOMES = {
     "InfinityPipeline": "var_compressor.pipeline",
+    "load_artifact": "var_compressor.opening",
     "quantize_model": "var_compressor.quant.ptq",
 }
 

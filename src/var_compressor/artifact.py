@@ -10,6 +10,10 @@
 The VAE and the text encoder stay with the base model, which the manifest names and whose VAE it
 pins by hash. The manifest is written last: without it the directory is an unfinished run, which
 the same command continues.
+
+The same files as ``transformer/`` of a model directory, with a config.json, are a compressed model
+that needs no other: its VAE and text encoder lie beside them (`InfinityPipeline.save_pretrained`).
+Wherever an artifact may be given, such a directory may.
 """
 
 from __future__ import annotations
@@ -28,14 +32,18 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from var_compressor import __version__
+from var_compressor.models import directory
 from var_compressor.models.config import InfinityConfig, config_from_dict
-from var_compressor.models.directory import locked
-from var_compressor.models.inspection import Inspection, list_files, parts_of, sha256_of
-from var_compressor.models.tensor_files import open_tensors
+from var_compressor.models.hub import how_to_get_again
+from var_compressor.models.inspection import sha256_of
+from var_compressor.models.new_directory import locked
 from var_compressor.spec import QuantSpec
 
 FORMAT = "var-compressor/1"
 MANIFEST = "manifest.json"
+# of the model directory whose transformer it is
+CONFIG = "config.json"
+QUANT_METHOD = "var_compressor"
 # of the manifest's other keys, in itself
 _DIGEST = "sha256"
 TRANSFORMER_FILE = "transformer.safetensors"
@@ -79,9 +87,23 @@ class Manifest:
         return sum(self.files[name]["bytes"] for name in names)
 
 
-def is_artifact(folder: str | Path) -> bool:
+def artifact_folder(source: str | Path) -> Path:
+    """Where an artifact's own files are: of a compressed model directory, in its transformer/."""
+    folder = Path(source).expanduser()
+    inner = folder / "transformer"
+    return inner if (inner / MANIFEST).is_file() and not (folder / MANIFEST).is_file() else folder
+
+
+def enclosing_model(source: str | Path) -> Path | None:
+    """The model directory whose transformer an artifact is; None for one by itself."""
+    inner = artifact_folder(source).absolute()
+    is_part = inner.name == "transformer" and (inner.parent / directory.MODEL_INDEX).is_file()
+    return inner.parent if is_part or inner != Path(source).expanduser().absolute() else None
+
+
+def is_artifact(source: str | Path) -> bool:
     """Whether a directory holds an artifact; an unfinished one does not."""
-    return (Path(folder) / MANIFEST).is_file()
+    return (artifact_folder(source) / MANIFEST).is_file()
 
 
 def is_unfinished(folder: str | Path) -> bool:
@@ -89,13 +111,47 @@ def is_unfinished(folder: str | Path) -> bool:
     return (Path(folder) / _RESUME_FILE).is_file() and not is_artifact(folder)
 
 
+def find_model(source: str | Path, *, revision: str | None = None) -> Path:
+    """The artifact or model directory that a path, an embedded model's name or a hub id stands for.
+
+    A hub id is downloaded, at ``revision`` or its newest. Raises: CheckpointError.
+    """
+    if revision is None and (is_artifact(source) or is_unfinished(source)):
+        return Path(source).expanduser()
+    return directory.resolve(source, revision=revision)
+
+
+def companions(source: str | Path, manifest: Manifest) -> Path:
+    """The model directory with an artifact's VAE and text encoder: the one it lies in, or its base.
+
+    Raises: CheckpointError when that is not here.
+    """
+    return enclosing_model(source) or directory.resolve(manifest.base["source"])
+
+
+def quantization_config(manifest: Manifest) -> dict[str, Any]:
+    """How the weights are compressed, as config.json tells it to other programs."""
+    spec = manifest.spec
+    parts = {"weights": "weight", "activations": "act"}
+    parts |= {name: name for name in ("low_rank", "smooth", "exceptions", "modules")}
+    told = {name: spec[key] for name, key in parts.items() if key in spec}
+    kv = None if manifest.kv is None else manifest.kv["format"]
+    return {"quant_method": QUANT_METHOD, "format": FORMAT, **told, "kv_cache": kv}
+
+
+def model_config(manifest: Manifest) -> dict[str, Any]:
+    """The config.json of a compressed transformer."""
+    told = {directory.QUANTIZATION: quantization_config(manifest)}
+    return {"_class_name": "Infinity", **manifest.config, **told}
+
+
 def block_file(index: int) -> str:
     return f"blocks/{index:03d}.safetensors"
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """Raises: ArtifactError when it is missing, foreign or malformed."""
-    path = Path(folder) / MANIFEST
+    """Raises: ArtifactError when it is missing, foreign, malformed, or contradicts config.json."""
+    path = artifact_folder(folder) / MANIFEST
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -103,7 +159,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         hint = cut_off if is_unfinished(folder) else "is it an artifact?"
         raise ArtifactError(f"{folder}: has no {MANIFEST}; {hint}") from None
     except (ValueError, RecursionError, OSError) as error:
-        raise ArtifactError(f"{path}: not readable ({error})") from None
+        again = how_to_get_again(path, "copy it again")
+        raise ArtifactError(f"{path}: not readable ({error}); {again}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArtifactError(f"{path}: not of format {FORMAT!r}; make the artifact again")
     digest = content.pop(_DIGEST, None)
@@ -115,8 +172,36 @@ def read_manifest(folder: str | Path) -> Manifest:
     except ValueError as error:
         raise ArtifactError(f"{path}: malformed: {error}; make the artifact again") from None
     if not is_whole:
-        raise ArtifactError(f"{path}: its content changed (sha256 differs); copy it again")
+        again = how_to_get_again(path, "copy it again")
+        raise ArtifactError(f"{path}: its content changed (sha256 differs); {again}")
+    if enclosing_model(folder) is not None:
+        _check_config(path.with_name(CONFIG), manifest)
     return manifest
+
+
+def _check_config(path: Path, manifest: Manifest) -> None:
+    """Raises: ValueError unless a config.json says the same of the model, as far as it goes."""
+    again = how_to_get_again(path, "write the directory again with save_pretrained")
+    content, wanted = directory.read_json(path), model_config(manifest)
+    described, told = content.pop(directory.QUANTIZATION, None), wanted.pop(directory.QUANTIZATION)
+    if not isinstance(described, dict) or described.get("quant_method") != QUANT_METHOD:
+        raise ArtifactError(
+            f"{path}: {directory.QUANTIZATION} is {_method_of(described)}, {MANIFEST} beside it is "
+            f"of a compressed model; {again}"
+        )
+    for found, expected in ((content, wanted), (described, told)):
+        for key, value in expected.items():
+            if found.get(key, value) != value:
+                raise ArtifactError(
+                    f"{path}: {key} is {json.dumps(found[key])[:80]}, {MANIFEST} says "
+                    f"{json.dumps(value)[:80]}; {again}"
+                )
+
+
+def _method_of(described: Any) -> str:
+    if not isinstance(described, dict):
+        return "missing" if described is None else f"a {type(described).__name__}"
+    return f"of method {str(described.get('quant_method'))[:40]!r}"
 
 
 def _digest_of(content: dict[str, Any]) -> str:
@@ -167,17 +252,19 @@ def _checked(content: dict[str, Any]) -> Manifest:
 def verify_files(folder: str | Path, manifest: Manifest) -> None:
     """Raises: ArtifactError naming the first file that is missing, cut short or changed."""
 
+    folder = artifact_folder(folder)
+
     def check(name: str) -> None:
-        path, entry = Path(folder) / name, manifest.files[name]
+        path, entry = folder / name, manifest.files[name]
+        again = how_to_get_again(path, "copy the artifact again")
         if not path.is_file():
-            raise ArtifactError(f"{path}: missing; copy the artifact again")
+            raise ArtifactError(f"{path}: missing; {again}")
         if path.stat().st_size != entry["bytes"]:
             raise ArtifactError(
-                f"{path}: has {path.stat().st_size} bytes, expected {entry['bytes']}; "
-                "copy the artifact again"
+                f"{path}: has {path.stat().st_size} bytes, expected {entry['bytes']}; {again}"
             )
         if sha256_of(path) != entry["sha256"]:
-            raise ArtifactError(f"{path}: its content changed (sha256 differs); copy it again")
+            raise ArtifactError(f"{path}: its content changed (sha256 differs); {again}")
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(check, manifest.files))
@@ -311,7 +398,7 @@ def put_kv(folder: str | Path, tensors: Mapping[str, Tensor], kv: dict[str, Any]
     """
     folder = Path(folder)
     with locked(folder):
-        manifest = read_manifest(folder)
+        manifest = read_editable(folder)
         _clear_temporaries(folder)
         if manifest.kv is not None:
             files = {name: entry for name, entry in manifest.files.items() if name != KV_FILE}
@@ -321,6 +408,20 @@ def put_kv(folder: str | Path, tensors: Mapping[str, Tensor], kv: dict[str, Any]
         files = {**manifest.files, **_listed(folder, [KV_FILE])}
         manifest = replace(manifest, kv=kv, files=files)
         _write_manifest(folder, manifest)
+    return manifest
+
+
+def read_editable(folder: str | Path) -> Manifest:
+    """The manifest of an artifact that may be changed.
+
+    Raises: ArtifactError for one that is part of a model directory, which is made to be passed on.
+    """
+    manifest = read_manifest(folder)
+    if enclosing_model(folder) is not None:
+        raise ArtifactError(
+            f"{folder}: is a compressed model directory, which stays as it is; calibrate the "
+            "artifact that it was saved from, and save it again"
+        )
     return manifest
 
 
@@ -395,59 +496,3 @@ def flat(content: Any, prefix: str = "") -> dict[str, str]:
         )
         return {key: value for part in parts for key, value in part.items()}
     return {prefix: json.dumps(content)}
-
-
-# --- telling what it is ---------------------------------------------------------------------------
-
-_PARTS = {
-    "smooth_factor": "smoothing factors",
-    "wscales": "weight scales",
-    "wtscale": "weight scales",
-    "proj_down": "low-rank branches",
-    "proj_up": "low-rank branches",
-}
-
-
-def inspect_artifact(folder: str | Path, *, with_hashes: bool) -> Inspection:
-    """What an artifact holds, sized by part; only names, shapes and dtypes are read.
-
-    Raises: ValueError when the manifest or a file cannot be used.
-    """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    labelled = {}
-    for file in manifest.files:
-        if not file.endswith(".safetensors"):
-            continue
-        source = open_tensors(folder / file)
-        for name in source.names():
-            info = source.info(name)
-            labelled[f"{file}:{name}"] = (info, _part_name(file, name, info.dtype))
-    infos = {name: info for name, (info, _) in labelled.items()}
-    kv = "16-bit" if manifest.kv is None else manifest.kv["format"].get("name", "unknown").upper()
-    what = QuantSpec.from_dict(manifest.spec).summary()
-    provenance = {
-        "base": manifest.base["source"],
-        "calibration": manifest.calibration,
-        "kv calibration": None if manifest.kv is None else manifest.kv.get("calibration"),
-        "created by": manifest.created_by,
-    }
-    return Inspection(
-        str(folder),
-        "artifact",
-        f"compressed {manifest.base['source']}, format {FORMAT}: {what}; {kv} KV cache",
-        parts_of(infos, lambda name: labelled[name][1]),
-        list_files(folder, with_hashes=with_hashes),
-        provenance,
-    )
-
-
-def _part_name(file: str, name: str, dtype: str) -> str:
-    if file == TRANSFORMER_FILE:
-        return "outside the blocks"
-    if file == KV_FILE:
-        return "KV cache parameters"
-    last = name.rsplit(".", 1)[-1]
-    if last == "qweight":
-        return "4-bit weights, two a byte" if dtype == "uint8" else "8-bit weights"
-    return _PARTS.get(last, "biases, norms and unquantized weights")

@@ -12,7 +12,7 @@ from var_compressor.artifact import (
     Manifest,
     is_artifact,
     put_kv,
-    read_manifest,
+    read_editable,
     write_kv,
 )
 from var_compressor.layers.kv_params import params_to_tensors
@@ -169,7 +169,7 @@ def calibrate_cache(
     check_kv(spec)
     source, streams = recipe.model, recipe.model.vae_path is None
     if artifact is not None:
-        read_manifest(artifact)
+        read_editable(artifact)
         source = replace(source, path=str(artifact), vae_path=None, text_encoder_path=None)
         streams = False
     collection = collection_of(recipe.collect)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch import Tensor
 from var_compressor.artifact import (
     KV_FILE,
     ArtifactError,
+    artifact_folder,
+    companions,
+    find_model,
     is_artifact,
     is_unfinished,
     read_manifest,
@@ -46,6 +51,7 @@ from var_compressor.layers.kv_params import (
     params_from_tensors,
 )
 from var_compressor.layers.level_graphs import LevelGraphs, padded
+from var_compressor.layers.level_logits import LevelLogits
 from var_compressor.layers.linear import QuantizedLinear, load_compressed
 from var_compressor.layers.lora import Adapters
 from var_compressor.layers.nunchaku_linear import (
@@ -54,12 +60,21 @@ from var_compressor.layers.nunchaku_linear import (
     use_nunchaku,
 )
 from var_compressor.layers.weight_only import WeightOnly, weight_only
+from var_compressor.model_card import Measured
 from var_compressor.models import directory
 from var_compressor.models.bits import Pyramid, teacher_inputs
 from var_compressor.models.checkpoint import load_official_transformer, load_official_vae
 from var_compressor.models.config import ModelConfig
 from var_compressor.models.convert import model_config
+from var_compressor.models.hub import how_to_get_again
 from var_compressor.models.inspection import sha256_of
+from var_compressor.models.new_directory import (
+    MAX_SHARD_BYTES,
+    new_directory,
+    write_component,
+    write_index,
+    write_text_encoder,
+)
 from var_compressor.models.sampling import Sampling, draw_noise, sample_bits, seeded_generators
 from var_compressor.models.schedule import Level, Schedule
 from var_compressor.models.streaming import StreamedBlocks, load_streamed
@@ -71,10 +86,19 @@ from var_compressor.models.transformer import (
     Infinity,
     TextContext,
     TextFeatures,
-    combine,
 )
 from var_compressor.models.vae import VAE
+from var_compressor.publishing import (
+    ModelFiles,
+    compressed_files,
+    directory_files,
+    published,
+    push,
+    write_files,
+)
 
+P = ParamSpec("P")
+T = TypeVar("T")
 # of a latent: two thirds of the memory of 256 rows, at 5 % more time
 SAVING_STRIP_ROWS = 64
 
@@ -103,6 +127,18 @@ class Drawn:
     latent_BDYX: Tensor
     kv_bytes: int
     trace: Trace
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The artifact that a compressed pipeline came from, and the directory of its VAE and T5.
+
+    ``kv``: the cache's parameters that were with it.
+    """
+
+    artifact: Path
+    home: Path
+    kv: CacheParams | None
 
 
 @dataclass(frozen=True)
@@ -136,36 +172,27 @@ class Generation:
         return [Image.fromarray(image.cpu().numpy()) for image in self.uint8_BYX3]
 
 
-class _Drawer:
-    """Logits of one image's levels, one after the other: the transformer with its cache."""
+def _on_its_device(method: Callable[P, T]) -> Callable[P, T]:
+    """A method of a pipeline, with the pipeline's GPU the current one, which kernels go to."""
 
-    def __init__(
-        self,
-        pipeline: InfinityPipeline,
-        schedule: Schedule,
-        context: TextContext,
-        guidance: Guidance,
-        taus: tuple[float, ...],
-        key: object = None,
-    ) -> None:
-        self.pipeline, self.context, self.key = pipeline, context, key
-        self.guidance, self.taus = guidance, taus
-        self.kv = pipeline.kv_params
-        self.cache = pipeline.new_cache(schedule, rows=len(context.cond_RC))
-        self.rope_2LD = pipeline.transformer.rotary_table(schedule)
-        self.graphs: LevelGraphs | None = None
+    @wraps(method)
+    def on_its_device(*args: P.args, **kwargs: P.kwargs) -> T:
+        pipeline: InfinityPipeline = args[0]  # type: ignore[assignment]
+        if pipeline.device.type != "cuda":
+            return method(*args, **kwargs)
+        with torch.cuda.device(pipeline.device):
+            return method(*args, **kwargs)
 
-    def logits(self, level: Level, x_RLC: Tensor) -> Tensor:
-        """``[B, L, Q, 2]`` after guidance and temperature; valid until the level is asked again."""
-        if self.graphs is not None:
-            return self.graphs(level, x_RLC)
-        return self.step(level, x_RLC, self.context)
+    return on_its_device
 
-    def step(self, level: Level, x_RLC: Tensor, context: TextContext) -> Tensor:
-        transformer, guidance = self.pipeline.transformer, self.guidance
-        h_RLC = transformer(x_RLC, (level,), context, self.cache, self.rope_2LD, guidance)
-        cfg = guidance.scales[level.index] if 0 in guidance.layers else 1.0
-        return self.pipeline.guided_logits(h_RLC, context, cfg) / self.taus[level.index]
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the next image uses again, if it has the same ``key`` and parameters of the cache."""
+
+    key: object
+    kv: CacheParams | None
+    logits: LevelLogits
 
 
 class InfinityPipeline:
@@ -181,10 +208,12 @@ class InfinityPipeline:
         self.vae = vae
         self.text_encoder = text_encoder
         self.kv_params: CacheParams | None = None
+        # None for full precision, and for one that was compressed in memory
+        self.origin: Origin | None = None
         self.saves_memory = False
         # off for who draws once: nothing would be replayed, and the cache be kept for nothing
         self.records_graphs = True
-        self._drawer: _Drawer | None = None
+        self._kept: _Kept | None = None
         self.adapters = Adapters(transformer)
 
     @property
@@ -199,6 +228,7 @@ class InfinityPipeline:
         )  # fmt: skip
         return any(isinstance(module, kinds) for module in self.transformer.modules())
 
+    @_on_its_device
     def use_kernels(self, compute: str) -> str | None:
         """Let kernels run the blocks from now on; ``compute`` is one of `compute.COMPUTE`, for ours
         in Triton, or "nunchaku" for its linears.
@@ -295,8 +325,11 @@ class InfinityPipeline:
         low_memory: bool = False,
         lora: Sequence[tuple[str | Path, float]] = (),
         on_tensor: directory.OnTensor | None = None,
+        revision: str | None = None,
     ) -> InfinityPipeline:
         """Open a model directory, an artifact, an embedded model ("infinity-tiny") or a hub id.
+
+        A compressed model opens by its directory, as `save_pretrained` writes it, too.
 
         The transformer's blocks, the VAE and the text encoder run in ``dtype``, everything else in
         float32. On a CPU, tensors stored in the dtype they run in stay mapped to their files; on a
@@ -309,16 +342,17 @@ class InfinityPipeline:
         that stay packed if the choice is left to "auto". ``lora``: adapters and their scales, as by
         `load_lora`, each named by its path. ``on_tensor(name, bytes)`` is called as
         the transformer's tensors, or an artifact's files, arrive (`stored_bytes` in all).
+        ``revision``: branch, tag or commit of a hub id; its newest otherwise.
         Raises: CheckpointError or ArtifactError (ValueErrors) naming the file that is missing or
         does not fit.
         """
         coded = weight_only(text_encoder_bits)
         if low_memory and compute == "auto":
             compute = "packed"
-        if is_artifact(source) or is_unfinished(source):
-            opened = cls._from_artifact(Path(source), dtype, device, text_encoder_cache, on_tensor)
+        folder = find_model(source, revision=revision)
+        if is_artifact(folder) or is_unfinished(folder):
+            opened = cls._from_artifact(folder, dtype, device, text_encoder_cache, on_tensor)
             return opened._made_ready(coded, compute, low_memory, lora)
-        folder = directory.resolve(source)
         index = directory.read_index(folder)
         if not index.has_vae:
             raise CheckpointError(
@@ -365,29 +399,31 @@ class InfinityPipeline:
     ) -> InfinityPipeline:
         manifest = read_manifest(folder)
         verify_files(folder, manifest)
-        base = directory.resolve(manifest.base["source"])
+        base = companions(folder, manifest)
         for name, expected in manifest.base["vae"].items():
             path = base / "vae" / name
             if not path.is_file() or sha256_of(path) != expected:
+                restore = f"restore the base model {manifest.base['source']}"
                 raise ArtifactError(
-                    f"{path}: is not the VAE that {folder} was made with; restore the base model "
-                    f"{manifest.base['source']}"
+                    f"{path}: is not the VAE that {folder} was made with; "
+                    f"{how_to_get_again(path, restore)}"
                 )
         transformer = load_compressed(
             folder, manifest, dtype=dtype, device=device, on_tensor=on_tensor
         )
         pipeline = cls._around(transformer, base, dtype, device, text_encoder_cache)
         if manifest.kv is not None:
-            pipeline.use_kv(folder / KV_FILE, manifest.kv)
+            pipeline.use_kv(artifact_folder(folder) / KV_FILE, manifest.kv)
+        pipeline.origin = Origin(artifact_folder(folder), base, pipeline.kv_params)
         return pipeline
 
     @staticmethod
     def stored_bytes(source: str | Path) -> int:
         """What `from_pretrained` tells ``on_tensor`` of, more or less: bytes of the transformer."""
-        if is_artifact(source):
-            return sum(entry["bytes"] for entry in read_manifest(Path(source)).files.values())
-        folder = directory.resolve(source) / "transformer"
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        folder = find_model(source)
+        if is_artifact(folder):
+            return sum(entry["bytes"] for entry in read_manifest(folder).files.values())
+        return sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
 
     def use_kv(self, path: Path, kv: dict[str, Any]) -> None:
         """Store the cache as a file of parameters and a manifest's ``kv`` say.
@@ -462,33 +498,97 @@ class InfinityPipeline:
         *,
         copy_text_encoder: bool = True,
         overwrite: bool = False,
-        max_shard_bytes: int = directory.MAX_SHARD_BYTES,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
         provenance: dict[str, Any] | None = None,
     ) -> None:
-        """Write a model directory that ``from_pretrained`` opens.
+        """Write a model directory that ``from_pretrained`` opens, with everything that it needs.
 
+        Of a compressed pipeline, the artifact's files are copied as they are, each checked by its
+        hash, wherever the pipeline runs and whatever kernels did to its weights; they are a file
+        per block, and its base model is needed no more. Adapters are not part of an artifact:
+        unload them first (their files open with any pipeline). Of a full-precision pipeline, they
+        are saved as part of its weights.
         A text encoder that is a local folder is copied, or referred to without
-        ``copy_text_encoder``; one that is a hub id is always referred to.
-        Raises: CheckpointError when ``target`` is occupied, ValueError for a compressed pipeline.
+        ``copy_text_encoder``; one that is a hub id is always referred to. ``provenance`` is free
+        JSON; of a compressed pipeline its base's stays.
+        Raises: CheckpointError when ``target`` is occupied; ArtifactError for a file that is not
+        the artifact's any more; ValueError for adapters or a KV cache that it does not have.
         """
-        if self.is_compressed:
-            raise ValueError("this pipeline is compressed; copy the artifact that it came from")
+        if self.is_compressed or self.origin is not None:
+            files = self._compressed_files(copy_text_encoder, provenance)
+            with new_directory(target, overwrite=overwrite) as folder:
+                write_files(folder, files)
+            return
         t5 = self.text_encoder
         reference = None if t5 is None else t5.encoder_dir
         if t5 is not None and copy_text_encoder and Path(t5.encoder_dir).is_dir():
             reference = ""
-        with directory.new_directory(target, overwrite=overwrite) as folder:
+        with new_directory(target, overwrite=overwrite) as folder:
             for name, model in (("transformer", self.transformer), ("vae", self.vae)):
-                directory.write_component(
+                write_component(
                     folder / name,
                     model.config,
                     model.state_dict().items(),
                     max_shard_bytes=max_shard_bytes,
                 )
             if t5 is not None and reference == "":
-                directory.write_text_encoder(folder, t5.encoder_dir, t5.tokenizer_dir)
+                write_text_encoder(folder, t5.encoder_dir, t5.tokenizer_dir)
             index = directory.ModelIndex(True, reference, provenance or {})
-            directory.write_index(folder, index)
+            write_index(folder, index)
+
+    def _compressed_files(
+        self, copy_text_encoder: bool, provenance: dict[str, Any] | None
+    ) -> ModelFiles:
+        origin, t5 = self.origin, self.text_encoder
+        if origin is None:
+            raise ValueError(
+                "this pipeline was compressed in memory; `quantize_model` or `varc quantize` makes "
+                "an artifact, which can be opened and saved"
+            )
+        if self.adapters.by_name:
+            raise ValueError(
+                f"this pipeline has adapters ({', '.join(self.adapters.by_name)}), which are no "
+                "part of its artifact; unload_lora them, or open it without, and save again"
+            )
+        if self.kv_params is not origin.kv:
+            raise ValueError(
+                f"this pipeline's KV cache is not the one of {origin.artifact}; put it there with "
+                "`varc calibrate-kv --artifact`, or open it again, and save that"
+            )
+        encoder = None if t5 is None else (t5.encoder_dir, t5.tokenizer_dir)
+        return compressed_files(
+            origin.artifact,
+            origin.home,
+            encoder,
+            copy_text_encoder=copy_text_encoder,
+            provenance=provenance,
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool = False,
+        commit_message: str | None = None,
+        results: Sequence[Measured] = (),
+    ) -> str:
+        """Put the model on the hub as "org/name", with a model card; the commit's address.
+
+        What `save_pretrained` would write goes there in one commit, a compressed model straight
+        from its files, a full-precision one by way of a temporary directory (TMPDIR). After an
+        interruption, call it again: files that arrived are not sent again. ``results`` go into the
+        card (`evaluation.card.measured` reads them from what `varc evaluate` wrote).
+        Raises: CheckpointError when the hub refuses; ValueError as `save_pretrained`.
+        """
+        send = partial(push, token=token, private=private, commit_message=commit_message)
+        if self.is_compressed or self.origin is not None:
+            files = self._compressed_files(copy_text_encoder=True, provenance=None)
+            return send(published(files, repo_id, results), repo_id)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(Path(folder) / "model")
+            files = directory_files(Path(folder) / "model")
+            return send(published(files, repo_id, results), repo_id)
 
     @torch.inference_mode()
     def __call__(
@@ -577,6 +677,7 @@ class InfinityPipeline:
         image = self.decode(drawn.latent_BDYX, strip_rows=vae_strip_rows)
         return Generation(image, drawn)
 
+    @_on_its_device
     @torch.inference_mode()
     def draw(
         self,
@@ -596,12 +697,12 @@ class InfinityPipeline:
         taus, levels = sampling.temperatures(schedule), sampling.levels(schedule)
         generators = seeded_generators(seed, len(text.lens))
         context = self.condition(text, negative, guided=guidance.is_on)
-        drawer, context = self._drawer_for(schedule, context, guidance, taus)
+        level_logits, context = self._level_logits(schedule, context, guidance, taus)
         pyramid = self.new_pyramid(schedule, batch=context.num_images)
         trace = Trace()
         x_RLC = self.transformer.start_token(context)
         for level in levels:
-            logits_BLQ2 = drawer.logits(level, x_RLC)
+            logits_BLQ2 = level_logits(level, x_RLC, context)
             noise_BLQ2 = draw_noise(generators, level, config.bits_per_token, self.device)
             bits_BLQ = sample_bits(logits_BLQ2, noise_BLQ2, sampling)
             if level.index < len(forced_bits):
@@ -615,15 +716,15 @@ class InfinityPipeline:
             if level is not levels[-1]:
                 tokens_BLQ = pyramid.tokens_for(schedule.after(level))
                 x_RLC = self.transformer.embed_bits(tokens_BLQ, context)
-        return Drawn(pyramid.latent_BDYX, drawer.cache.num_bytes, trace)
+        return Drawn(pyramid.latent_BDYX, level_logits.cache.num_bytes, trace)
 
-    def _drawer_for(
+    def _level_logits(
         self,
         schedule: Schedule,
         context: TextContext,
         guidance: Guidance,
         taus: tuple[float, ...],
-    ) -> tuple[_Drawer, TextContext]:
+    ) -> tuple[LevelLogits, TextContext]:
         """What makes logits of this text, and the text as it reads it.
 
         Blocks of kernels keep theirs, with its cache and its graphs, for the next image alike.
@@ -631,15 +732,17 @@ class InfinityPipeline:
         has_kernels = isinstance(self.transformer.blocks[0], KernelBlock)
         if self.saves_memory or not has_kernels or not self.records_graphs:
             context = self._read_text(context)
-            return _Drawer(self, schedule, context, guidance, taus), context
+            cache = self.new_cache(schedule, rows=len(context.cond_RC))
+            return LevelLogits(self.transformer, schedule, cache, guidance, taus), context
         context = padded(context)
         key = (schedule, tuple(context.text_RTC.shape), context.num_images, guidance, taus)
-        if self._drawer is None or self._drawer.key != key or self._drawer.kv is not self.kv_params:
+        if self._kept is None or self._kept.key != key or self._kept.kv is not self.kv_params:
             self.free_cache()
-            self._drawer = _Drawer(self, schedule, context, guidance, taus, key)
-            self._drawer.graphs = LevelGraphs(self.transformer.with_cross_kv, self._drawer.step)
-        assert self._drawer.graphs is not None
-        return self._drawer, self._drawer.graphs.use(context)
+            cache = self.new_cache(schedule, rows=len(context.cond_RC))
+            graphs = LevelGraphs()
+            logits = LevelLogits(self.transformer, schedule, cache, guidance, taus, graphs)
+            self._kept = _Kept(key, self.kv_params, logits)
+        return self._kept.logits, self._kept.logits.read(context)
 
     def _read_text(self, context: TextContext) -> TextContext:
         if not self.saves_memory or self.device.type == "cpu":
@@ -661,12 +764,13 @@ class InfinityPipeline:
 
     def free_cache(self) -> None:
         """Give back the KV cache and the graphs that the next image would have used again."""
-        self._drawer = None
+        self._kept = None
 
     def schedule_for(self, aspect_ratio: float, pixel_budget: str | None) -> Schedule:
         """The schedule nearest to ``aspect_ratio``; the model's own pixel budget for None."""
         return Schedule.of(aspect_ratio, pixel_budget or self.transformer.config.pixel_budget)
 
+    @_on_its_device
     @torch.inference_mode()
     def teacher_logits(
         self,
@@ -699,7 +803,7 @@ class InfinityPipeline:
         cache = self.new_cache(schedule, rows=len(context.cond_RC))
         rope = self.transformer.rotary_table(schedule)
         h_RLC = self.transformer(x_RLC, schedule.levels, context, cache, rope)
-        logits_BLQ2 = self.guided_logits(h_RLC, context, cfg)
+        logits_BLQ2 = self.transformer.guided_logits(h_RLC, context, cfg)
         return list(logits_BLQ2.split([level.num_tokens for level in schedule.levels], dim=1))
 
     def encode(self, prompts: Text) -> TextFeatures:
@@ -728,13 +832,6 @@ class InfinityPipeline:
         if len(negative.lens) != len(text.lens):
             raise ValueError(f"{len(negative.lens)} negative prompts for {len(text.lens)} prompts")
         return self.transformer.embed_text(text, negative)
-
-    def guided_logits(self, h_RLC: Tensor, context: TextContext, cfg: float) -> Tensor:
-        """Logits ``[B, L, Q, 2]``; both guidance rows are combined unless cfg is 1."""
-        if cfg == 1 or not context.is_guided:
-            batch = context.num_images
-            return self.transformer.head(h_RLC[:batch], context.cond_RC[:batch])
-        return combine(self.transformer.head(h_RLC, context.cond_RC), cfg)
 
     def new_cache(self, schedule: Schedule, *, rows: int) -> LevelCache:
         """A KV cache of the pipeline's format: codes where parameters are there, else 16/32 bit."""

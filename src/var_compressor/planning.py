@@ -12,7 +12,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from var_compressor.artifact import KV_FILE, is_artifact, read_manifest, read_tensors
+from var_compressor.artifact import (
+    KV_FILE,
+    artifact_folder,
+    companions,
+    find_model,
+    is_artifact,
+    read_manifest,
+    read_tensors,
+)
 from var_compressor.devices import CONTEXT_BYTES, FRAGMENTED, smallest_device, usable_bytes
 from var_compressor.footprint import (
     KV_BITS,
@@ -28,6 +36,7 @@ from var_compressor.layers.compute import has_room
 from var_compressor.layers.kv_params import CacheFormat, params_from_tensors
 from var_compressor.models import directory
 from var_compressor.models.config import MODELS, InfinityConfig, config_from_dict
+from var_compressor.models.hub import is_repo_id
 from var_compressor.spec import QuantSpec
 
 # bits of the text encoder, and whether it is released before drawing; None: cached features
@@ -141,27 +150,29 @@ def model_shape(source: str) -> ModelShape:
         preset = MODELS[source]
         text = directory.text_encoder_shape(preset.text_encoder)
         return ModelShape(source, preset.transformer, preset.vae, text)
-    if not path.exists():
+    if not path.exists() and not is_repo_id(source):
         raise ValueError(f"{source}: no such directory, and no preset ({', '.join(MODELS)})")
+    path = find_model(source)
     if not is_artifact(path):
-        return _of_directory(path, source)
+        return _of_directory(path, source, directory.read_transformer_config(path / "transformer"))
     manifest = read_manifest(path)
     config = config_from_dict(InfinityConfig, manifest.config, f"{path}: config")
-    base = _of_directory(directory.resolve(manifest.base["source"]), source)
-    shape = replace(base, transformer=config, spec=QuantSpec.from_dict(manifest.spec))
+    base = _of_directory(companions(path, manifest), source, config)
+    shape = replace(base, spec=QuantSpec.from_dict(manifest.spec))
     if manifest.kv is None:
         return shape
-    tensors, format = read_tensors(path / KV_FILE, "cpu"), CacheFormat.of(manifest.kv, f"{path}: ")
-    return replace(shape, kv=params_from_tensors(tensors, format, config, str(path / KV_FILE)))
+    file, format = artifact_folder(path) / KV_FILE, CacheFormat.of(manifest.kv, f"{path}: ")
+    return replace(
+        shape, kv=params_from_tensors(read_tensors(file, "cpu"), format, config, str(file))
+    )
 
 
-def _of_directory(path: Path, name: str) -> ModelShape:
-    folder = directory.resolve(path)
+def _of_directory(folder: Path, name: str, config: InfinityConfig) -> ModelShape:
     index = directory.read_index(folder)
     t5 = directory.text_encoder_folders(folder, index)
     return ModelShape(
         name,
-        directory.read_transformer_config(folder / "transformer"),
+        config,
         directory.read_vae_config(folder / "vae") if index.has_vae else None,
         None if t5 is None else directory.text_encoder_shape(t5[0]),
     )

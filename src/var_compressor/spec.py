@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
-# format -> group size it is used with unless the spec says otherwise; -1 is one scale per row
+# format -> group size it is used with unless the spec says otherwise; -1 is one scale per row.
+# Whoever adds a number format enters it here (docs/EXTENDING.md).
 WEIGHT_FORMATS = {"sint4": 64, "sint8": -1, "fp8_e4m3": -1, "nvfp4": 16}
 ACT_FORMATS = {"sint4": 64, "uint4": 64, "sint8": -1, "fp8_e4m3": -1, "nvfp4": 16}
 WHOLE_ROW = -1
@@ -208,10 +209,11 @@ class LinearSpec:
 
     def summary(self) -> str:
         """The gist in words, such as "W4A4 g64 rank 32"."""
-        act_bits = 16 if self.act.format is None else _NBITS[self.act.format]
+        act = "A16" if self.act.format is None else _word("A", self.act.format)
         group_size = self.weight.group_size
         groups = "per row" if group_size == WHOLE_ROW else f"g{group_size}"
-        words = [f"W{_NBITS[self.weight.format]}A{act_bits}", groups, f"rank {self.low_rank.rank}"]
+        weight = _word("W", self.weight.format)
+        words = [weight + act, groups, f"rank {self.low_rank.rank}"]
         odd = [name for name in (self.weight.format, self.act.format) if name in _NAMED]
         return " ".join([*words, *dict.fromkeys(odd)])
 
@@ -297,6 +299,11 @@ class QuantSpec:
     def from_dict(cls, data: Mapping[str, Any]) -> QuantSpec:
         """The validated spec of `data`; absent keys keep their defaults, unknown keys raise."""
         return from_mapping(cls, data).validate()
+
+
+def _word(letter: str, format_name: str) -> str:
+    """ "W4" or the like; with the name instead, for a format that is not of this package."""
+    return f"{letter}{_NBITS.get(format_name, f'({format_name})')}"
 
 
 def to_plain(value: Any) -> Any:
@@ -387,8 +394,9 @@ def _shown(value: Any) -> str:
 
 def _check_format(key: str, name: str, known: Mapping[str, int], *, or_null: str) -> None:
     if name not in known:
-        choice = ", ".join(known)
-        raise SpecError(key, f"unknown number format {name!r}; one of {choice}{or_null}")
+        choice = ", ".join(known) + or_null
+        own = "one of your own is known once its module is imported"
+        raise SpecError(key, f"unknown number format {name!r}; one of {choice}; {own}")
 
 
 def _check_group(key: str, format_name: str, group_size: int) -> None:

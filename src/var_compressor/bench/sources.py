@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from var_compressor.artifact import is_artifact, read_manifest
+from var_compressor.artifact import find_model, is_artifact, read_manifest
 from var_compressor.bench.session import Source
 from var_compressor.bench.shapes import CACHES, random_pipeline
 from var_compressor.footprint import ModelShape
 from var_compressor.models.convert import model_config
-from var_compressor.models.directory import resolve
 from var_compressor.pipeline import InfinityPipeline
 from var_compressor.planning import model_shape
 from var_compressor.spec import PRESETS
@@ -44,9 +43,11 @@ def saved(choice: Choice, use_cache: Callable[[InfinityPipeline, Path], None]) -
 
     Raises: ValueError when there is no such model.
     """
-    compressed = is_artifact(choice.model)
-    base = read_manifest(choice.model).base["source"] if compressed else choice.model
-    resolve(base)
+    folder = find_model(choice.model)
+    compressed = is_artifact(folder)
+    base = read_manifest(folder).base["source"] if compressed else choice.model
+    if compressed and choice.with_baseline:
+        _check_base(choice.model, base)
 
     def opened(model: str, kv: str | None) -> InfinityPipeline:
         pipeline = InfinityPipeline.from_pretrained(
@@ -67,6 +68,16 @@ def saved(choice: Choice, use_cache: Callable[[InfinityPipeline, Path], None]) -
     if choice.with_baseline and (compressed or choice.kv is not None):
         sources.append(Source(BASELINE, lambda: opened(base, None), lambda: model_shape(base)))
     return sources
+
+
+def _check_base(model: str, base: str) -> None:
+    try:
+        find_model(base)
+    except ValueError as error:
+        raise ValueError(
+            f"{model}: the full-precision model that it was made of is not here ({error}); "
+            "--baseline none goes without"
+        ) from None
 
 
 def random(choice: Choice, *, seed: int) -> list[Source]:

@@ -1,4 +1,4 @@
-"""Commands that read and write other people's formats: import-artifact, export."""
+"""Commands that take models in and pass them on: import-artifact, export, push."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from var_compressor.terminal import print_table, progress
 
 if TYPE_CHECKING:
     from var_compressor.interop.import_original import Imported
+    from var_compressor.publishing import ModelFiles
 
 
 @app.command("import-artifact")
@@ -82,6 +83,13 @@ class Target(str, Enum):
     nunchaku = "nunchaku"
     nunchaku_lite = "nunchaku-lite"
     varcompressor = "varcompressor"
+    hub = "hub"
+
+
+ResultsOption = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder of what `evaluate` found, for the model card; may be repeated."),
+]
 
 
 class ExportDtype(str, Enum):
@@ -95,21 +103,33 @@ class ExportDtype(str, Enum):
 
 @app.command()
 def export(
-    artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="Artifact directory; to hub, any model directory.")
+    ],
     to: Annotated[Target, typer.Option("--to", help="Whose files to write.")],
     out: Annotated[Path, typer.Option("--out", help="Directory to write; must be new or empty.")],
     dtype: Annotated[
         ExportDtype,
         typer.Option(help="Of what is no code; auto: bfloat16, or float32 to varcompressor."),
     ] = ExportDtype.auto,
+    name: Annotated[
+        str | None, typer.Option(help="To hub: the id org/name that its card tells people to open.")
+    ] = None,
+    results: ResultsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write an artifact as nunchaku's packed file, a diffusers folder, or the original's .pt files.
+    """Write an artifact as nunchaku's packed file, a diffusers folder, the original's .pt files, or
+    as the folder with a model card that `push` would send.
 
     Example: varc export out/tiny-w4a4 --to nunchaku --out out/tiny-nunchaku
     """
     import torch
 
+    if to is Target.hub:
+        _export_folder(artifact, out, name, results or [], as_json=as_json)
+        return
+    if name is not None or results:
+        raise ValueError(f"--name and --results are for a model card; --to {to.value} has none")
     default = "float32" if to is Target.varcompressor else "bfloat16"
     chosen: torch.dtype = getattr(torch, default if dtype is ExportDtype.auto else dtype.value)
     if to is Target.varcompressor:
@@ -142,3 +162,69 @@ def _export_nunchaku(artifact: Path, out: Path, dtype: Any, *, lite: bool) -> di
         *(f"{name} in 16 bits: {why}" for name, why in packed.why.items()),
     ]
     return {"files": packed.files, "notes": notes, "counts": packed.counts, "snr_db": packed.snr_db}
+
+
+@app.command()
+def push(
+    source: Annotated[
+        str, typer.Argument(help="Artifact, compressed or full-precision model directory.")
+    ],
+    repo_id: Annotated[str, typer.Argument(help="Hub id, org/name; made if it is not there.")],
+    results: ResultsOption = None,
+    private: Annotated[bool, typer.Option("--private", help="A new one is not public.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the files and the card, and send nothing.")
+    ] = False,
+) -> None:
+    """Put a model on the Hugging Face hub, with a model card, in one commit.
+
+    Example: varc push out/2b-w4a4 me/infinity-2b-w4a4 --results out/eval-2b --dry-run
+
+    What it needs to draw goes along: VAE and, from a local folder, text encoder. A README.md that
+    lies in the directory is kept, unless --results are given. After an interruption, give the
+    command again: files that arrived are not sent again. Log in with `hf auth login`, or set
+    HF_TOKEN.
+    """
+    from var_compressor.models.hub import README
+    from var_compressor.publishing import push as send
+
+    files = _published(source, repo_id, results or [])
+    if dry_run:
+        rows = [(name, f"{one.num_bytes:,}") for name, one in files.items()]
+        print_table(("file", "bytes"), rows, stderr=False)
+        card = files[README].content
+        typer.echo(card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8"))
+        return
+    url = send(files, repo_id, token=None, private=private, commit_message=message)
+    total = sum(one.num_bytes for one in files.values())
+    typer.echo(f"pushed {len(files)} files, {total / 2**20:.1f} MiB: {url}")
+
+
+def _published(source: str, name: str, results: list[Path]) -> ModelFiles:
+    from var_compressor.artifact import find_model, is_artifact
+    from var_compressor.evaluation.card import measured
+    from var_compressor.publishing import published, source_files
+
+    artifact = folder if is_artifact(folder := find_model(source)) else None
+    rows = [row for one in results for row in measured(one, artifact)]
+    return published(source_files(source), name, rows)
+
+
+def _export_folder(
+    source: Path, out: Path, name: str | None, results: list[Path], *, as_json: bool
+) -> None:
+    from var_compressor.models.hub import is_repo_id
+    from var_compressor.models.new_directory import new_directory
+    from var_compressor.publishing import write_files
+
+    if name is not None and not is_repo_id(name):
+        raise ValueError(f"--name is {name!r}, expected a hub id, org/name")
+    files = _published(str(source), name or out.name, results)
+    with new_directory(out, overwrite=False) as folder:
+        write_files(folder, files)
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "files": sorted(files)}))
+        return
+    total = sum(one.num_bytes for one in files.values())
+    typer.echo(f"wrote {out}: {len(files)} files, {total / 2**20:.1f} MiB")

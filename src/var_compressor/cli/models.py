@@ -137,7 +137,8 @@ def inspect_command(
     """
     import json
 
-    from var_compressor.artifact import inspect_artifact, is_artifact, is_unfinished
+    from var_compressor.artifact import is_artifact, is_unfinished
+    from var_compressor.artifact_inspection import inspect_artifact
     from var_compressor.models.inspection import inspect_path, to_text
 
     inspect = inspect_artifact if is_artifact(path) or is_unfinished(path) else inspect_path

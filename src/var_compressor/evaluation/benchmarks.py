@@ -261,7 +261,7 @@ def _rgb(file: Any, name: str) -> Tensor:
 
 def _found(folder: Path, name: str) -> Path:
     """A file of a published set: in the data folder, in the hub's cache, or from the hub."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     if (folder / name).is_file():
@@ -269,12 +269,16 @@ def _found(folder: Path, name: str) -> Path:
     repo, reason = _HUB[folder.name], ""
     for local_only in (True, False):
         try:
-            downloaded = hf_hub_download(
-                repo, name, repo_type="dataset", local_files_only=local_only
+            # asks once; hf_hub_download goes on for half a minute where there is no network
+            snapshot = snapshot_download(
+                repo, repo_type="dataset", allow_patterns=[name], local_files_only=local_only
             )
-            return Path(downloaded)
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            continue
+        if (downloaded := Path(snapshot) / name).is_file():
+            return downloaded
+        reason = f"{repo} has no such file"
     raise BenchmarkError(
         f"{folder / name}: missing, and the hub did not give it ({reason}); download it from "
         f"https://huggingface.co/datasets/{repo} and put it there, or name another --data-root"

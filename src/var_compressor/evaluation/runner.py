@@ -20,7 +20,7 @@ from var_compressor.evaluation.bitwise import packed_bits
 from var_compressor.evaluation.gallery import Gallery, Writer
 from var_compressor.evaluation.results import Failure
 from var_compressor.evaluation.sharding import Crew
-from var_compressor.models.directory import locked
+from var_compressor.models.new_directory import locked
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.schedule import Schedule
 from var_compressor.models.transformer import TextFeatures

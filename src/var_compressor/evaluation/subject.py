@@ -23,6 +23,7 @@ from var_compressor.models import directory
 from var_compressor.models.inspection import sha256_of, weight_hashes
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.schedule import Schedule
+from var_compressor.models.tensor_files import CheckpointError
 from var_compressor.pipeline import InfinityPipeline
 from var_compressor.quant.team import local_device
 from var_compressor.recipe import BUILT_IN_DEFAULT, ModelSource, Recipe
@@ -136,7 +137,8 @@ class Model:
         )
         base = None
         if not self.switches.weights:
-            folder = directory.resolve(manifest.base["source"])
+            # the same as the artifact's, which may name one on another machine
+            folder = directory.resolve(self.source.path or self.source.name)
             base = directory.load_transformer(folder, dtype=dtype, device=self.device)
         switch_linears(pipeline.transformer, self.switches, base)
         if not self.switches.kv:
@@ -250,10 +252,22 @@ def _files(path: Path) -> Iterator[Path]:
     yield from sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
 
 
+def _is_base(folder: Path, manifest: Manifest) -> bool:
+    """By its place, or by the hashes of its files where it lies elsewhere."""
+    try:
+        if directory.resolve(manifest.base["source"]).samefile(folder):
+            return True
+    except CheckpointError:
+        pass
+    files = (folder / "transformer").glob("*.safetensors")
+    hashes = {path.name: sha256_of(path) for path in files}
+    return bool(hashes) and hashes == manifest.base.get("transformer")
+
+
 def _check_same(recipe: Recipe, artifact: Path, manifest: Manifest) -> None:
     """Whether the recipe is the artifact's, in all that it sets itself."""
     wanted = directory.resolve(recipe.model.path or recipe.model.name)
-    if wanted.resolve() != directory.resolve(manifest.base["source"]).resolve():
+    if not _is_base(wanted, manifest):
         raise ValueError(
             f"{artifact}: was made from {manifest.base['source']}, the recipe's model is {wanted}; "
             "name the same model"

@@ -22,7 +22,14 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from var_compressor.artifact import KV_FILE, Manifest, read_manifest, read_tensors, verify_files
+from var_compressor.artifact import (
+    KV_FILE,
+    Manifest,
+    artifact_folder,
+    read_manifest,
+    read_tensors,
+    verify_files,
+)
 from var_compressor.interop import kv_quant_calib
 from var_compressor.interop.original import (
     BRANCH,
@@ -40,7 +47,7 @@ from var_compressor.layers.linear import QuantizedLinear, load_compressed
 from var_compressor.layers.nunchaku_linear import plain_bias
 from var_compressor.models.checkpoint import block_name, to_official
 from var_compressor.models.config import InfinityConfig
-from var_compressor.models.directory import new_directory
+from var_compressor.models.new_directory import new_directory
 from var_compressor.models.transformer import Infinity
 
 Branch = tuple[Tensor, Tensor]
@@ -96,8 +103,8 @@ def _write_kv(
 ) -> Iterator[str]:
     assert manifest.kv is not None
     format = CacheFormat.of(manifest.kv, f"{folder}: ")
-    tensors = read_tensors(folder / KV_FILE, "cpu")
-    params = params_from_tensors(tensors, format, config, str(folder / KV_FILE))
+    file = artifact_folder(folder) / KV_FILE
+    params = params_from_tensors(read_tensors(file, "cpu"), format, config, str(file))
     try:
         kv_quant_calib.write_params(target / kv_quant_calib.FILE, params, config, manifest.kv)
     except ValueError as error:

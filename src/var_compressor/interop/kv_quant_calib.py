@@ -22,7 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from var_compressor.artifact import KV_FILE, is_artifact, read_kv, read_manifest, write_atomically
+from var_compressor.artifact import (
+    KV_FILE,
+    artifact_folder,
+    is_artifact,
+    read_kv,
+    read_manifest,
+    write_atomically,
+)
 from var_compressor.layers.kv_params import (
     CacheFormat,
     CacheParams,
@@ -149,7 +156,7 @@ def use_cache(pipeline: InfinityPipeline, path: Path) -> None:
     kv = read_manifest(path).kv if is_artifact(path) else read_kv(path)
     if kv is None:
         raise ValueError(f"{path}: has no KV parameters; run `varc calibrate-kv` on it")
-    pipeline.use_kv(path / KV_FILE, kv)
+    pipeline.use_kv(artifact_folder(path) / KV_FILE, kv)
 
 
 def _key(config: InfinityConfig, layer: int, part: str) -> str:

@@ -35,7 +35,8 @@ from var_compressor.layers.nunchaku_linear import (
     plain_bias,
 )
 from var_compressor.models.config import config_to_dict
-from var_compressor.models.directory import WEIGHTS, new_directory
+from var_compressor.models.directory import WEIGHTS
+from var_compressor.models.new_directory import new_directory
 from var_compressor.models.transformer import Infinity
 from var_compressor.ops import nunchaku_layout as layout
 from var_compressor.quant.linear import snr_db

@@ -7,9 +7,12 @@ graphs read it, padded to a multiple of `TEXT_STEP` tokens, and the KV cache sta
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,61 +21,101 @@ from torch import Tensor
 from var_compressor.models.schedule import Level
 from var_compressor.models.transformer import TextContext
 
+T = TypeVar("T")
 TEXT_STEP = 128
 Step = Callable[[Level, Tensor, TextContext], Tensor]
+ReadText = Callable[[TextContext], TextContext]
+_ONE_AT_A_TIME = Lock()
+# what a graph itself takes, and what large blocks are rounded up by
+_SPARE_BYTES = 64 * 2**20
 
 
 class LevelGraphs:
-    """Calls ``step(level, x, context)`` for real the first time, and from its graph afterwards.
+    """Calls ``step(level, x, context)`` for real twice, and from its graph afterwards.
 
-    ``step`` and ``read_text``, which adds the blocks' share to a context, must do the same work on
-    every call and wait for nothing. A result is overwritten by the next call of the same level.
-    Graphs are recorded for the second text: one image alone is drawn without.
+    ``step`` and ``read_text``, which adds the blocks' share to a context, must be the same on every
+    call, do the same work and wait for nothing. They are not kept: what they belong to keeps the
+    graphs. A result is overwritten by the next call of the same level. Graphs are recorded while
+    the second text is drawn: one image alone needs none. What there is no memory to record keeps
+    running for real.
     """
 
-    def __init__(self, read_text: Callable[[TextContext], TextContext], step: Step) -> None:
-        self.read_text, self.step = read_text, step
+    def __init__(self) -> None:
         self.pool: Any = None
         self.context: TextContext | None = None
         self.text_graph: torch.cuda.CUDAGraph | None = None
         self.seen: set[int] = set()
-        self.recorded: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.recorded: dict[int, tuple[_Recording, Tensor] | None] = {}
 
-    def use(self, context: TextContext) -> TextContext:
+    def use(self, context: TextContext, read_text: ReadText) -> TextContext:
         """Take a text of the same padded shape as all others; returns what the graphs read."""
         if self.context is None:
-            self.context = self.read_text(context)
+            self.context = read_text(context)
             return self.context
         if self.text_graph is None:
-            static = replace(self.context, cross_kv=())
-            self.text_graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.text_graph):
-                self.context = self.read_text(static)
-            self.pool = self.text_graph.pool()
+            self.context = static = replace(self.context, cross_kv=())
+            _copy(static, context)
+            self.context, made = _run_and_record(partial(read_text, static), self.pool)
+            if made is None:
+                return self.context
+            self.text_graph, self.context, self.pool = made.graph, made.result, made.graph.pool()
         _copy(self.context, context)
         self.text_graph.replay()
         return self.context
 
-    def __call__(self, level: Level, x_RLC: Tensor) -> Tensor:
+    def __call__(self, level: Level, x_RLC: Tensor, step: Step) -> Tensor:
         assert self.context is not None
-        if self.text_graph is None or level.index not in self.seen:
+        found = self.recorded.get(level.index)
+        if found is not None:
+            recording, static_x_RLC = found
+            static_x_RLC.copy_(x_RLC)
+            recording.graph.replay()
+            return recording.result
+        if self.text_graph is None or level.index not in self.seen or level.index in self.recorded:
             self.seen.add(level.index)
-            return self.step(level, x_RLC, self.context)
-        if level.index not in self.recorded:
-            self.recorded[level.index] = self._record(level, x_RLC, self.context)
-        graph, static_x_RLC, result = self.recorded[level.index]
-        static_x_RLC.copy_(x_RLC)
-        graph.replay()
+            return step(level, x_RLC, self.context)
+        static_x_RLC = x_RLC.clone()
+        run = partial(step, level, static_x_RLC, self.context)
+        result, made = _run_and_record(run, self.pool)
+        self.recorded[level.index] = None if made is None else (made, static_x_RLC)
         return result
 
-    def _record(
-        self, level: Level, x_RLC: Tensor, context: TextContext
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        static_x_RLC = x_RLC.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            result = self.step(level, static_x_RLC, context)
-        return graph, static_x_RLC, result
+
+@dataclass(frozen=True)
+class _Recording(Generic[T]):
+    """A graph, and where it puts its result."""
+
+    graph: torch.cuda.CUDAGraph
+    result: T
+
+
+def _run_and_record(run: Callable[[], T], pool: Any) -> tuple[T, _Recording[T] | None]:
+    """What ``run`` returns, and a graph of it; None where there is no memory for both.
+
+    Memory that is too short must show before: torch does not survive running out of it while it
+    records. CUDA destroys no graph while it records one either, and a recording that meets such a
+    call is lost: so Python's collector, which may find another model's graphs, waits.
+    """
+    torch.cuda.empty_cache()
+    allocated = torch.cuda.memory_allocated()
+    result = run()
+    needed = torch.cuda.memory_reserved() - allocated
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed + _SPARE_BYTES:
+        return result, None
+    graph = torch.cuda.CUDAGraph()
+    with _ONE_AT_A_TIME:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            # other threads, which have other GPUs, do what they like meanwhile
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                recorded = run()
+        finally:
+            if collects:
+                gc.enable()
+    return result, _Recording(graph, recorded)
 
 
 def padded(context: TextContext) -> TextContext:

@@ -15,6 +15,7 @@ from var_compressor.artifact import (
     TRANSFORMER_FILE,
     ArtifactError,
     Manifest,
+    artifact_folder,
     block_file,
     read_tensors,
 )
@@ -23,7 +24,7 @@ from var_compressor.models.directory import meta_transformer
 from var_compressor.models.tensor_files import OnTensor
 from var_compressor.models.transformer import Infinity
 from var_compressor.ops import reference as ops
-from var_compressor.ops.packing import pack_codes, unpack_codes
+from var_compressor.ops.packing import pack_codes, packed_columns, unpack_codes
 from var_compressor.ops.primitives import (
     FORMATS,
     QuantizedWeight,
@@ -37,12 +38,12 @@ from var_compressor.spec import WHOLE_ROW, LinearSpec, QuantSpec
 class QuantizedLinear(nn.Module):
     """``y = Q(x_hat) Qw^T + x_hat down^T up^T + bias`` with ``x_hat = (x + shift) / smooth``.
 
-    ``qweight`` uint8 ``[N, K/2]`` (two 4-bit codes a byte: sint4, nvfp4), int8 or float8_e4m3fn
-    ``[N, K]``; ``wscales`` ``[N, G]`` bf16, or for nvfp4 float8_e4m3fn beside the float32 scalar
-    ``wtscale``; ``smooth_factor`` float32 ``[K]``; ``proj_down`` bf16 ``[R, K]`` and ``proj_up``
-    bf16 ``[N, R]`` (R may be 0); ``bias`` ``[N]``. A 16-bit input (``act_format`` None) is not
-    quantized. With a shift the bias carries its correction and is float32. The result has the
-    dtype of the input.
+    ``qweight`` uint8 ``[N, K/2]`` (two 4-bit codes a byte: sint4, nvfp4; other widths likewise
+    without gaps), int8 or float8_e4m3fn ``[N, K]``; ``wscales`` ``[N, G]`` bf16, or for nvfp4
+    float8_e4m3fn beside the float32 scalar ``wtscale``; ``smooth_factor`` float32 ``[K]``;
+    ``proj_down`` bf16 ``[R, K]`` and ``proj_up`` bf16 ``[N, R]`` (R may be 0); ``bias`` ``[N]``. A
+    16-bit input (``act_format`` None) is not quantized. With a shift the bias carries its
+    correction and is float32. The result has the dtype of the input.
     Raises: ValueError for a pair of group sizes that no op multiplies.
     """
 
@@ -65,9 +66,8 @@ class QuantizedLinear(nn.Module):
         self.shift = spec.shift
         rank = spec.low_rank.rank
         groups = in_features // resolved_group(spec.weight.group_size, in_features)
-        packed = self.weight_format.nbits == 4
-        columns = in_features // 2 if packed else in_features
-        code_dtype = torch.uint8 if packed else self.weight_format.code_dtype
+        columns = packed_columns(in_features, format=self.weight_format)
+        code_dtype = torch.uint8 if self.weight_format.nbits < 8 else self.weight_format.code_dtype
         scale_dtype = self.weight_format.fixed_scale_dtype
         for name, shape, dtype in (
             ("qweight", (out_features, columns), code_dtype),
@@ -133,9 +133,13 @@ class QuantizedLinear(nn.Module):
             shift=self.shift,
         )
         if self.act_format.kind == self.weight_format.kind == "int":
-            gemm = ops.gemm_w4a4 if self.weight_format.nbits == 4 else ops.gemm_w8a8
+            has_4_bits = self.weight_format.nbits == 4
+            gemm = ops.gemm_w4a4 if has_4_bits else ops.gemm_w8a8
+            qweight = self.qweight
+            if not has_4_bits:
+                qweight = unpack_codes(qweight, format=self.weight_format)
             return gemm(
-                codes_MK, xscales_MG, self.qweight, self.wscales, low_MR, self.proj_up, self.bias
+                codes_MK, xscales_MG, qweight, self.wscales, low_MR, self.proj_up, self.bias
             )
         qx_MK = dequantize_symmetric(codes_MK, xscales_MG, format=self.act_format)
         return ops.gemm_dequantized(qx_MK, self.residual(), low_MR, self.proj_up, self.bias)
@@ -161,7 +165,12 @@ class QuantizedLinear(nn.Module):
 
 
 def check_runnable(spec: LinearSpec) -> None:
-    """Raises: ValueError naming the group sizes when integer codes can't be multiplied in them."""
+    """Raises: ValueError naming a format that is not there, or the group sizes when integer codes
+    can't be multiplied in them.
+    """
+    for name in (spec.weight.format, spec.act.format):
+        if name is not None and name not in FORMATS:
+            raise ValueError(f"the number format {name!r} has no entry in FORMATS")
     if spec.act.format is None:
         return
     if not FORMATS[spec.act.format].kind == FORMATS[spec.weight.format].kind == "int":
@@ -221,6 +230,7 @@ def load_compressed(
     ``on_tensor`` hears of every file: its name and bytes.
     Raises: ArtifactError naming file and tensor when something does not fit.
     """
+    folder = artifact_folder(folder)
     config = config_from_dict(InfinityConfig, manifest.config, f"{folder}: config")
     spec = QuantSpec.from_dict(manifest.spec)
     model = meta_transformer(config, dtype)

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from var_compressor.layers.linear import QuantizedLinear
-from var_compressor.models.checkpoint import transformer_names
+from var_compressor.models.checkpoint import transformer_names, undamaged
 from var_compressor.models.streaming import StreamedBlocks
 from var_compressor.models.tensor_files import CheckpointError, TensorSource, open_tensors
 from var_compressor.models.transformer import Infinity
@@ -64,7 +64,7 @@ def read_lora(path: str | Path, transformer: Infinity) -> Updates:
     path = Path(path).expanduser()
     if path.is_dir() and (path / WEIGHTS_NAME).is_file():
         path = path / WEIGHTS_NAME
-    source = open_tensors(path)
+    source = undamaged(open_tensors(path))
     if not source.names():
         raise CheckpointError(f"{path}: holds no adapter")
     declared = _declared(source)
@@ -197,7 +197,12 @@ def _declared(source: TensorSource) -> _Declared:
     # whole numbers in JSON have no limit, floats do
     if alpha is not None and not (is_number and abs(alpha) < 1e30):
         raise CheckpointError(f"{where}: lora_alpha is {str(alpha)[:40]!r}, expected a number")
-    return _Declared(alpha, bool(values.get("use_rslora")))
+    by_root = values.get("use_rslora", False)
+    if not isinstance(by_root, bool):
+        raise CheckpointError(
+            f"{where}: use_rslora is {str(by_root)[:40]!r}, expected true or false"
+        )
+    return _Declared(alpha, by_root)
 
 
 # --- applying -------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Fit:
 def fit(linear: QuantizedLinear) -> Fit:
     """nunchaku's linear for one of ours; nothing is rounded a second time to make one fit."""
     (N, columns), act = linear.qweight.shape, linear.act_format
-    if linear.weight_format.nbits != 4:
+    if linear.weight_format.name not in ("sint4", "nvfp4"):
         return Fit(None, f"{linear.weight_format.name} weights")
     K = 2 * columns
     group_size = K // linear.wscales.shape[1]

@@ -164,15 +164,15 @@ def load_own(
 
 def official_transformer(path: str | Path) -> TensorSource:
     """A state dict, or a training checkpoint that holds one under ``["trainer"]["gpt_fsdp"]``."""
-    return _whole(open_tensors(path, sub_keys=(("trainer", "gpt_fsdp"),)))
+    return undamaged(open_tensors(path, sub_keys=(("trainer", "gpt_fsdp"),)))
 
 
 def official_vae(path: str | Path) -> TensorSource:
     """A state dict, or a checkpoint that holds one under ``["vae"]``, as the published ones do."""
-    return _whole(open_tensors(path, sub_keys=(("vae",),)))
+    return undamaged(open_tensors(path, sub_keys=(("vae",),)))
 
 
-def _whole(source: TensorSource) -> TensorSource:
+def undamaged(source: TensorSource) -> TensorSource:
     """The source, its files' checksums compared; safetensors have none."""
     for file in source.files:
         # one that is gone is told of when it is read

@@ -16,15 +16,17 @@ from var_compressor.models.checkpoint import (
 )
 from var_compressor.models.config import MODELS, ModelConfig
 from var_compressor.models.directory import (
-    MAX_SHARD_BYTES,
     ModelIndex,
     OnTensor,
-    copy_tokenizer,
     embedded_tokenizer,
     meta_transformer,
     meta_vae,
-    new_directory,
     text_encoder_shape,
+)
+from var_compressor.models.new_directory import (
+    MAX_SHARD_BYTES,
+    copy_tokenizer,
+    new_directory,
     write_component,
     write_index,
     write_model,

@@ -1,4 +1,4 @@
-"""Our model directory, laid out as diffusers does: written in one piece, read without copies.
+"""Our model directory, laid out as diffusers does, read without copies; `new_directory` writes it.
 
     model_index.json       what the model is, its parts, and where it came from
     transformer/           config.json, diffusion_pytorch_model.safetensors (or shards + index)
@@ -6,30 +6,22 @@
     text_encoder/          a Hugging Face T5 folder; absent when the index names one elsewhere
     tokenizer/             its tokenizer
 
-Tensors carry our own names. Files are written under a temporary directory beside the target, which
-takes the target's name when everything is on the disk: a killed run leaves nothing that looks
-whole.
+Tensors carry our own names. Of a compressed model, ``transformer/`` holds an artifact's files, and
+its config.json a ``quantization_config`` (`artifact`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from var_compressor import __version__
+from var_compressor.models import hub
 from var_compressor.models.checkpoint import load_own
 from var_compressor.models.config import (
     FLAN_T5_XL_ID,
@@ -37,7 +29,6 @@ from var_compressor.models.config import (
     InfinityConfig,
     VAEConfig,
     config_from_dict,
-    config_to_dict,
 )
 from var_compressor.models.tensor_files import CheckpointError, OnTensor
 from var_compressor.models.text_encoder import FLAN_T5_XL, T5Shape
@@ -48,16 +39,9 @@ MODEL_INDEX = "model_index.json"
 FORMAT_VERSION = 1
 PIPELINE_CLASS = "InfinityPipeline"
 WEIGHTS = "diffusion_pytorch_model"
-MAX_SHARD_BYTES = 2**30
+# in a transformer's config.json: that its weights are compressed, and how
+QUANTIZATION = "quantization_config"
 EMBEDDED = ("infinity-tiny",)
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "spiece.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @dataclass(frozen=True)
@@ -93,13 +77,16 @@ class ModelIndex:
 # --- finding -------------------------------------------------------------------------------------
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, *, revision: str | None = None) -> Path:
     """The directory that a path, the name of an embedded model or a hub id stands for.
 
-    A hub id is downloaded (only our five parts of it).
+    A hub id is downloaded (only our files of it), at ``revision`` or its newest.
     Raises: CheckpointError when there is none.
     """
     path = Path(source).expanduser()
+    is_here = path.exists() or str(source) in EMBEDDED
+    if is_here and revision is not None:
+        raise CheckpointError(f"{source}: is on this machine; only a hub id has a revision")
     if (path / MODEL_INDEX).is_file():
         return path
     if str(source) in EMBEDDED:
@@ -114,11 +101,17 @@ def resolve(source: str | Path) -> Path:
             f"{source}: this model does not come with the package; turn its official files into a "
             "directory with `varc convert` and give that"
         )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return _download(str(source))
-    raise CheckpointError(
-        f"{source}: no such directory, embedded model ({', '.join(EMBEDDED)}) or hub id"
-    )
+    if not hub.is_repo_id(str(source)):
+        raise CheckpointError(
+            f"{source}: no such directory, embedded model ({', '.join(EMBEDDED)}) or hub id"
+        )
+    folder = hub.download(str(source), revision=revision)
+    if not (folder / MODEL_INDEX).is_file():
+        raise CheckpointError(
+            f"{source}: this hub repository has no {MODEL_INDEX}; if it holds official files, "
+            "download them and run `varc convert`"
+        )
+    return folder
 
 
 def _embedded(name: str) -> Path:
@@ -132,35 +125,17 @@ def _embedded_folder(name: str) -> Path:
     return Path(str(resources.files("var_compressor"))) / "assets" / name
 
 
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    parts = ("transformer", "vae", "text_encoder", "tokenizer")
-    try:
-        folder = snapshot_download(
-            repo_id, allow_patterns=[MODEL_INDEX, *(f"{part}/*" for part in parts)]
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{repo_id}: no such directory, and the hub gave no model of that id ({reason})"
-        ) from error
-    if not (Path(folder) / MODEL_INDEX).is_file():
-        raise CheckpointError(
-            f"{repo_id}: this hub repository has no {MODEL_INDEX}; if it holds official files, "
-            "download them and run `varc convert`"
-        )
-    return Path(folder)
-
-
 # --- reading -------------------------------------------------------------------------------------
 
 
 def read_index(directory: Path) -> ModelIndex:
     """Raises: CheckpointError when it is not the index of one of our models."""
     path = directory / MODEL_INDEX
-    content = read_json(path)
+    return index_of(read_json(path), str(path))
+
+
+def index_of(content: dict[str, Any], path: str) -> ModelIndex:
+    """`read_index` of what the file at ``path`` holds."""
     if content.get("_class_name") != PIPELINE_CLASS:
         raise CheckpointError(
             f"{path}: is a {content.get('_class_name')!r}, expected {PIPELINE_CLASS!r}"
@@ -256,9 +231,19 @@ def text_encoder_shape(encoder: str) -> T5Shape:
 
 
 def read_transformer_config(folder: Path) -> InfinityConfig:
+    """Of a full-precision transformer.
+
+    Raises: CheckpointError for anything else, a compressed one too.
+    """
     path = folder / "config.json"
+    content = _config_fields(path, "Infinity")
+    if QUANTIZATION in content:
+        raise CheckpointError(
+            f"{path}: has a {QUANTIZATION}: its weights are compressed, expected full precision; "
+            "InfinityPipeline.from_pretrained opens them if their manifest.json is beside it"
+        )
     try:
-        return config_from_dict(InfinityConfig, _config_fields(path, "Infinity"), str(path))
+        return config_from_dict(InfinityConfig, content, str(path))
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 
@@ -292,207 +277,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object")
     return content
-
-
-# --- writing -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def new_directory(target: str | Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory that becomes ``target`` when the block ends without an error.
-
-    What a killed run left behind is cleared by the next one for the same target.
-    Raises: CheckpointError when ``target`` holds something, unless it is one of our models and
-    ``overwrite`` is set, or when another process is writing it.
-    """
-    target = Path(target).expanduser().absolute()
-    _refuse_occupied(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(exist_ok=True)
-    with locked(partial):
-        _empty(partial)
-        try:
-            yield partial
-            _sync_tree(partial)
-            _refuse_occupied(target, overwrite=overwrite)
-            _put_in_place(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _refuse_occupied(target: Path, *, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise CheckpointError(f"{target}: is a file; give a new directory")
-    if not any(target.iterdir()):
-        return
-    if not is_ours(target):
-        raise CheckpointError(f"{target}: holds other files; give a new or empty directory")
-    if not overwrite:
-        raise CheckpointError(
-            f"{target}: holds a model already; give another directory, or overwrite it "
-            "(--overwrite)"
-        )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Be the only process that writes ``folder``; a kill gives the lock back.
-
-    Raises: CheckpointError when another process has it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{folder}: another process is writing it; wait for it") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    replaced = target.with_name(f".{target.name}.replaced")
-    if target.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        target.rename(replaced)
-    partial.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def write_component(
-    folder: Path,
-    config: InfinityConfig | VAEConfig,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    on_tensor: OnTensor | None = None,
-) -> None:
-    """Write one model: its config and its tensors, which may come from a generator.
-
-    Holds no more tensors at a time than one shard has.
-    """
-    class_name = "Infinity" if isinstance(config, InfinityConfig) else "VAE"
-    write_model(
-        folder,
-        {"_class_name": class_name, **config_to_dict(config)},
-        tensors,
-        stem=WEIGHTS,
-        max_shard_bytes=max_shard_bytes,
-        on_tensor=on_tensor,
-    )
-
-
-def write_model(
-    folder: Path,
-    config: dict[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    stem: str,
-    max_shard_bytes: int,
-    on_tensor: OnTensor | None,
-) -> None:
-    """`write_component` of any config, into files whose names begin with ``stem``."""
-    folder.mkdir()
-    _write_json(folder / "config.json", config)
-    shards: list[Path] = []
-    weight_shards: dict[str, int] = {}
-    total_bytes = 0
-    for shard in _shards(tensors, max_shard_bytes, on_tensor):
-        shards.append(folder / f"shard-{len(shards)}.safetensors")
-        save_file(shard, shards[-1], metadata={"format": "pt"})
-        # safetensors makes files that nobody else may read
-        shutil.copymode(folder / "config.json", shards[-1])
-        weight_shards |= dict.fromkeys(shard, len(shards))
-        total_bytes += sum(tensor.nbytes for tensor in shard.values())
-        # before the next shard is gathered
-        del shard
-    if len(shards) == 1:
-        shards[0].rename(folder / f"{stem}.safetensors")
-        return
-    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for path, name in zip(shards, names, strict=True):
-        path.rename(folder / name)
-    weight_map = {tensor: names[shard - 1] for tensor, shard in weight_shards.items()}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(folder / f"{stem}.safetensors.index.json", index)
-
-
-def _shards(
-    tensors: Iterable[tuple[str, Tensor]], max_bytes: int, on_tensor: OnTensor | None
-) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    num_bytes = 0
-    for name, tensor in tensors:
-        if shard and num_bytes + tensor.nbytes > max_bytes:
-            yield shard
-            shard, num_bytes = {}, 0
-        shard[name] = _alone(tensor)
-        num_bytes += tensor.nbytes
-        if on_tensor is not None:
-            on_tensor(name, tensor.nbytes)
-    yield shard
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, and not a part of a larger storage: what safetensors accepts."""
-    tensor = tensor.detach().cpu().contiguous()
-    is_part = tensor.untyped_storage().nbytes() != tensor.nbytes
-    return tensor.clone() if is_part else tensor
-
-
-def write_text_encoder(directory: Path, encoder_dir: str, tokenizer_dir: str) -> None:
-    """Copy a T5 folder and its tokenizer into the model directory.
-
-    Raises: CheckpointError when they are not local folders of that kind.
-    """
-    source = Path(encoder_dir)
-    weights = sorted(source.glob("*.safetensors*")) or sorted(source.glob("pytorch_model*.bin*"))
-    config = source / "config.json"
-    if not weights or not config.is_file():
-        raise CheckpointError(f"{source}: no local T5 folder (config.json and weights) to copy")
-    _copy_files(directory / "text_encoder", [config, *weights])
-    copy_tokenizer(directory, tokenizer_dir)
-
-
-def copy_tokenizer(directory: Path, tokenizer_dir: str) -> None:
-    """Raises: CheckpointError when there is none."""
-    tokenizer = [Path(tokenizer_dir) / name for name in _TOKENIZER_FILES]
-    present = [path for path in tokenizer if path.is_file()]
-    if not present:
-        raise CheckpointError(f"{tokenizer_dir}: no tokenizer (tokenizer.json or spiece.model)")
-    _copy_files(directory / "tokenizer", present)
-
-
-def _copy_files(folder: Path, files: Iterable[Path]) -> None:
-    folder.mkdir()
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-
-
-def write_index(directory: Path, index: ModelIndex) -> None:
-    _write_json(directory / MODEL_INDEX, index.to_json())
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

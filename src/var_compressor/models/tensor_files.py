@@ -184,7 +184,8 @@ def _unmap_pages(mapped: Tensor) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    # torch quotes what it stumbles over, however long
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 class _SafetensorsFiles:

@@ -386,6 +386,13 @@ class Infinity(nn.Module):
         h_RLC = layer_norm(x_RLC) * (1 + scale_RC[:, None]) + shift_RC[:, None]
         return self.head_proj(h_RLC).unflatten(-1, (-1, 2))
 
+    def guided_logits(self, h_RLC: Tensor, context: TextContext, cfg: float) -> Tensor:
+        """Logits ``[B, L, Q, 2]``; both guidance rows are combined unless cfg is 1."""
+        if cfg == 1 or not context.is_guided:
+            batch = context.num_images
+            return self.head(h_RLC[:batch], context.cond_RC[:batch])
+        return combine(self.head(h_RLC, context.cond_RC), cfg)
+
     def rotary_table(self, schedule: Schedule) -> Tensor:
         return rotary_table(schedule, self.config.head_dim, self.start_position.device)
 

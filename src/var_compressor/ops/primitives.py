@@ -25,19 +25,52 @@ class NumberFormat:
 
     `qmin`/`qmax` bound the values that codes stand for; a scale maps the largest magnitude of a
     group onto `qmax`. Codes of the kinds "int" and "float" are those values themselves, codes of
-    the kind "e2m1" index `E2M1_VALUES`. `fixed_group_size` and `fixed_scale_dtype` are set where
-    the format prescribes its group, and what its scales are stored in.
+    the kind "table" index `values`, one for each pattern of bits. `fixed_group_size` and
+    `fixed_scale_dtype` are set where the format prescribes its group, and what its scales are
+    stored in.
+    Raises: ValueError for a format whose codes could not be stored, or not hold a group of zeros.
     """
 
     name: str
     nbits: int
-    kind: Literal["int", "float", "e2m1"]
+    kind: Literal["int", "float", "table"]
     qmin: float
     qmax: float
     code_dtype: torch.dtype
     fixed_group_size: int | None = None
     fixed_scale_dtype: torch.dtype | None = None
+    values: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.nbits <= 8 or (self.kind == "float" and self.nbits != 8):
+            raise ValueError(f"{self.name}: {self.nbits} bits; codes have 1 to 8, floats have 8")
+        if self.kind == "table":
+            # a damaged code must not point past the table; a group of zeros has scale 1
+            if len(self.values) != 2**self.nbits or 0 not in self.values:
+                raise ValueError(
+                    f"{self.name}: {len(self.values)} values, expected {2**self.nbits}, 0 among "
+                    f"them, for {self.nbits} bits; repeat one to fill the table"
+                )
+            if (self.qmin, self.qmax) != (min(self.values), max(self.values)):
+                raise ValueError(
+                    f"{self.name}: range {self.qmin} to {self.qmax}, but the values span "
+                    f"{min(self.values)} to {max(self.values)}"
+                )
+        if self.kind == "int" and self.qmax - self.qmin >= 2**self.nbits:
+            raise ValueError(
+                f"{self.name}: {self.nbits} bits do not hold {self.qmin} to {self.qmax}"
+            )
+        dtypes = {"int": torch.int8, "table": torch.uint8}
+        if self.code_dtype != dtypes.get(self.kind, self.code_dtype):
+            raise ValueError(
+                f"{self.name}: codes of the kind {self.kind!r} are {dtypes[self.kind]}, "
+                f"got {self.code_dtype}"
+            )
+
+
+# e2m1 values in the hardware's code order: bit 3 is the sign, bits 0..2 index the magnitude
+_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_VALUES = (*_E2M1_MAGNITUDES, *(-v for v in _E2M1_MAGNITUDES))
 
 # sint4 and sint8 leave the most negative code unused: the grid is symmetric, so -x quantizes to
 # minus the code of x.
@@ -48,13 +81,9 @@ FORMATS: dict[str, NumberFormat] = {
         NumberFormat("uint4", 4, "int", 0, 15, torch.int8),
         NumberFormat("sint8", 8, "int", -127, 127, torch.int8),
         NumberFormat("fp8_e4m3", 8, "float", -448, 448, torch.float8_e4m3fn),
-        NumberFormat("nvfp4", 4, "e2m1", -6, 6, torch.uint8, 16, torch.float8_e4m3fn),
+        NumberFormat("nvfp4", 4, "table", -6, 6, torch.uint8, 16, torch.float8_e4m3fn, E2M1_VALUES),
     )
 }
-
-# e2m1 values in the hardware's code order: bit 3 is the sign, bits 0..2 index the magnitude
-_E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1_VALUES = (*_E2M1_MAGNITUDES, *(-v for v in _E2M1_MAGNITUDES))
 
 
 @dataclass(frozen=True)
@@ -177,14 +206,14 @@ def quantize_symmetric(x_MK: Tensor, scales_MG: Tensor, *, format: NumberFormat)
     """Codes of x under given scales: the nearest value of the format, clamped to its range.
 
     x_MK: any float dtype, computed in float32. scales_MG: float32, positive; G divides K.
-    A midpoint between two values goes to the even one; between two e2m1 values, to the larger.
+    A midpoint between two values goes to the even one; of a table, to the larger.
     Returns codes_MK in `format.code_dtype`.
     Source: ties of e2m1 as in the NVFP4 codebook kernel of deepcompressor.
     """
     y_MGE = _scaled(x_MK, scales_MG)
-    if format.kind == "e2m1":
-        tables = _e2m1_tables(y_MGE.device)
-        return _looked_up(tables.codes, _e2m1_places(y_MGE, tables)).flatten(-2)
+    if format.kind == "table":
+        tables = _tables(format, y_MGE.device)
+        return _looked_up(tables.codes, _places(y_MGE, tables)).flatten(-2)
     if format.kind == "int":
         y_MGE = y_MGE.round_()
     return y_MGE.clamp_(format.qmin, format.qmax).to(format.code_dtype).flatten(-2)
@@ -192,8 +221,8 @@ def quantize_symmetric(x_MK: Tensor, scales_MG: Tensor, *, format: NumberFormat)
 
 def dequantize_symmetric(codes_MK: Tensor, scales_MG: Tensor, *, format: NumberFormat) -> Tensor:
     """Value of code * scale in float32, [..., K]; undoes `quantize_symmetric` up to rounding."""
-    if format.kind == "e2m1":
-        values_MK = _looked_up(_e2m1_tables(codes_MK.device).by_code, codes_MK.int())
+    if format.kind == "table":
+        values_MK = _looked_up(_tables(format, codes_MK.device).by_code, codes_MK.int())
     else:
         values_MK = codes_MK.float()
     return _rescaled(_grouped_like(values_MK, scales_MG), scales_MG)
@@ -202,9 +231,9 @@ def dequantize_symmetric(codes_MK: Tensor, scales_MG: Tensor, *, format: NumberF
 def round_to_grid(x_MK: Tensor, scales_MG: Tensor, *, format: NumberFormat) -> Tensor:
     """What x is after `quantize_symmetric` and back, float32, without making the codes."""
     y_MGE = _scaled(x_MK, scales_MG)
-    if format.kind == "e2m1":
-        tables = _e2m1_tables(y_MGE.device)
-        y_MGE = _looked_up(tables.ascending, _e2m1_places(y_MGE, tables))
+    if format.kind == "table":
+        tables = _tables(format, y_MGE.device)
+        y_MGE = _looked_up(tables.ascending, _places(y_MGE, tables))
     elif format.kind == "int":
         y_MGE = y_MGE.round_().clamp_(format.qmin, format.qmax)
     else:
@@ -268,8 +297,8 @@ def _rescaled(values_MGE: Tensor, scales_MG: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _E2M1Tables:
-    """The 15 values in ascending order, where one gives way to the next, and their codes."""
+class _Tables:
+    """A format's values in ascending order, where one gives way to the next, and their codes."""
 
     ascending: Tensor
     midpoints: Tensor
@@ -279,15 +308,17 @@ class _E2M1Tables:
 
 # kept per device: making a tensor from a list waits for the GPU
 @functools.cache
-def _e2m1_tables(device: torch.device) -> _E2M1Tables:
-    values = sorted(set(E2M1_VALUES))
+def _tables(format: NumberFormat, device: torch.device) -> _Tables:
+    values = sorted(set(format.values))
     ascending = torch.tensor(values, device=device)
-    codes = torch.tensor([E2M1_VALUES.index(v) for v in values], dtype=torch.uint8, device=device)
-    by_code = torch.tensor(E2M1_VALUES, device=device)
-    return _E2M1Tables(ascending, (ascending[1:] + ascending[:-1]) / 2, codes, by_code)
+    codes = [format.values.index(value) for value in values]
+    by_code = torch.tensor(format.values, device=device)
+    midpoints = (ascending[1:] + ascending[:-1]) / 2
+    codes_of = torch.tensor(codes, dtype=format.code_dtype, device=device)
+    return _Tables(ascending, midpoints, codes_of, by_code)
 
 
-def _e2m1_places(y_MGE: Tensor, tables: _E2M1Tables) -> Tensor:
+def _places(y_MGE: Tensor, tables: _Tables) -> Tensor:
     """Index into the ascending values of the one nearest to y."""
     return torch.bucketize(y_MGE.contiguous(), tables.midpoints, right=True, out_int32=True)
 

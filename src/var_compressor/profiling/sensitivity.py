@@ -177,7 +177,9 @@ class _Probes:
         guidance = sampling.guidance(self.schedule, self.pipeline.transformer.config.depth)
         h_RLC, context = self.store.get(number), self.full.contexts[0]
         return [
-            self.pipeline.guided_logits(h_RLC[:, level.offset : level.end], context, cfg)
+            self.pipeline.transformer.guided_logits(
+                h_RLC[:, level.offset : level.end], context, cfg
+            )
             for level, cfg in zip(self.schedule.levels, guidance.scales, strict=True)
         ]
 

@@ -41,6 +41,8 @@ from var_compressor.models import directory
 from var_compressor.models.config import InfinityConfig, config_to_dict
 from var_compressor.models.inspection import sha256_of
 from var_compressor.models.transformer import Block
+from var_compressor.ops.packing import packed_columns
+from var_compressor.ops.primitives import FORMATS
 from var_compressor.pipeline import InfinityPipeline
 from var_compressor.quant.activations import ActivationStore, MemoryBounds, activation_store
 from var_compressor.quant.calibration import (
@@ -79,11 +81,18 @@ def quantize_model(
 ) -> Manifest:
     """Compress the transformer of ``pipeline`` into the directory ``out``.
 
-    ``base`` is where the pipeline came from (a name or directory), which the artifact refers to
-    for VAE and text encoder. A killed run is continued by the same call; ``on_progress`` gets
-    (stage, done, total). Only one block at a time is on the device if the pipeline streams them.
+    ``pipeline``: full precision, with plain blocks (``compute="reference"`` on a GPU), in any dtype
+    and on any device; it is left as it is. ``collection``: the prompts to calibrate on and how
+    their images are drawn, one generation each. ``spec``: number formats, branch, smoothing and
+    rules; `QuantSpec` or a value of `PRESETS`. ``base`` is where the pipeline came from (a name or
+    directory), which the artifact refers to for VAE and text encoder. A killed run is continued by
+    the same call; ``on_progress`` gets (stage, done, total). Only one block at a time is on the
+    device if the pipeline streams them. The same arguments give the same bytes on one machine.
+
+    Returns the artifact's manifest; `load_artifact` opens the directory.
     Raises: ArtifactError when ``out`` holds something else, ValueError for a pipeline that is
     compressed already, or group sizes or a rank that do not fit a linear.
+    Source: SVDQuant, Li et al. 2024 (arXiv 2411.05007).
     """
     if pipeline.is_compressed:
         raise ValueError(f"{base}: is compressed already; give the full-precision model")
@@ -324,11 +333,12 @@ def check_fits(name: str, linear: nn.Module, spec: LinearSpec) -> None:
             f"{name}: low_rank.rank {spec.low_rank.rank} does not fit a weight of shape "
             f"{tuple(linear.weight.shape)}; use 0 to {smaller_side}"
         )
-    for part in (spec.weight, spec.act):
-        try:
+    try:
+        for part in (spec.weight, spec.act):
             resolved_group(part.group_size, linear.in_features)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        packed_columns(linear.in_features, format=FORMATS[spec.weight.format])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def describe_base(base: str) -> dict[str, Any]:

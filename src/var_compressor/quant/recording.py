@@ -143,7 +143,9 @@ def record_trace(
             on_progress("recording", steps, len(drawn_levels) * model.config.depth)
         for i, drawing in drawings.items():
             h_RLC = store.get(i)[:, level.offset :]
-            logits = pipeline.guided_logits(h_RLC, contexts[i], guidance.scales[level.index])
+            logits = pipeline.transformer.guided_logits(
+                h_RLC, contexts[i], guidance.scales[level.index]
+            )
             drawing.draw(logits / taus[level.index], level, sampling)
     return {i: Recording(texts[i], tuple(drawing.bits)) for i, drawing in drawings.items()}
 

@@ -12,13 +12,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from var_compressor.artifact import REPORT_FILE, write_atomically
-from var_compressor.spec import MODULES, LinearSpec
+from var_compressor.ops.primitives import FORMATS, round_trip
+from var_compressor.spec import ACT_FORMATS, MODULES, WEIGHT_FORMATS, WHOLE_ROW, LinearSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -26,21 +30,14 @@ if TYPE_CHECKING:
 TIMING_FILE = "timing.json"
 PLOT_FILE = "report.png"
 
-# what rounding leaves of a normal distribution, in dB, with each format's usual group size
-# (measured on 2 million values with `round_trip`; uint4 as sint4, for a range used on both sides)
-NORMAL_SNR_DB = {"sint4": 19.4, "uint4": 19.4, "nvfp4": 20.4, "fp8_e4m3": 31.6, "sint8": 41.2}
+# values on which a format's noise is measured: rows as long as those of a large model's linears
+_NORMAL_SHAPE = (128, 4096)
 # three times the noise that the formats cost on normal weights and inputs: outliers do that, and
 # smoothing and branch, which are there to absorb them, did not
 SNR_MARGIN_DB = 5.0
 # storing the branch in bfloat16 puts noise some 56 dB below it, which takes up to this much from
 # the 41 dB of sint8 without any choice being bad
 SAME_SNR_DB = 0.2
-# largest value of a format over half its smallest step: where the largest channel of a group
-# exceeds the median by more, all of the median channel rounds to 0
-VANISHING_RATIO = {
-    **{"sint4": 14.0, "uint4": 30.0, "nvfp4": 24.0, "sint8": 254.0},
-    "fp8_e4m3": 448.0 * 2**10,
-}
 # four times the noise of the median block: more than blocks of one kind differ by themselves
 BELOW_MEDIAN_DB = 6.0
 
@@ -72,10 +69,45 @@ class LinearReport:
 # --- warnings -------------------------------------------------------------------------------------
 
 
+@cache
+def normal_snr_db(format_name: str) -> float:
+    """What rounding leaves of a normal distribution, in dB, with the format's usual group size.
+
+    uint4 counts as sint4, for a range used on both sides.
+    """
+    name = "sint4" if format_name == "uint4" else format_name
+    group_size = (ACT_FORMATS | WEIGHT_FORMATS)[name]
+    x_MK = torch.randn(_NORMAL_SHAPE, generator=torch.Generator().manual_seed(0))
+    back_MK = round_trip(
+        x_MK,
+        format=FORMATS[name],
+        group_size=x_MK.shape[1] if group_size == WHOLE_ROW else group_size,
+        scale_dtype=torch.float32,
+    )
+    ratio = x_MK.double().square().sum() / (x_MK - back_MK).double().square().sum()
+    return 10 * math.log10(ratio)
+
+
+def vanishing_ratio(format_name: str) -> float:
+    """Largest value of a format over half its smallest step.
+
+    Where the largest channel of a group exceeds the median by more, all of the median channel
+    rounds to 0.
+    """
+    format = FORMATS[format_name]
+    smallest = 1.0
+    if format.kind == "float":
+        info = torch.finfo(format.code_dtype)
+        smallest = info.smallest_normal * info.eps
+    if format.kind == "table":
+        smallest = min(value for value in format.values if value > 0)
+    return format.qmax / (smallest / 2)
+
+
 def expected_snr_db(spec: LinearSpec) -> float:
     """SNR of the output when weight and input are normal and independent."""
     formats = [name for name in (spec.weight.format, spec.act.format) if name is not None]
-    noise = sum(10 ** (-NORMAL_SNR_DB[name] / 10) for name in formats)
+    noise = sum(10 ** (-normal_snr_db(name) / 10) for name in formats)
     return -10 * math.log10(noise)
 
 
@@ -115,7 +147,7 @@ def _unsmoothed_outliers(report: LinearReport, spec: LinearSpec) -> str:
     # a 16-bit input does not mind outliers
     if not spec.smooth.enabled or spec.act.format is None or report.alpha or report.beta:
         return ""
-    if report.outlier_ratio <= VANISHING_RATIO[spec.act.format]:
+    if report.outlier_ratio <= vanishing_ratio(spec.act.format):
         return ""
     return (
         f"no smoothing was best although the largest channel is {report.outlier_ratio:.0f}x the "

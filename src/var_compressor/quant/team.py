@@ -85,7 +85,16 @@ def team_of_environment() -> Iterator[Team]:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process among those of its machine."""
+    """The GPU of this process among those of its machine.
+
+    Raises: ValueError when torchrun started more processes than there are GPUs.
+    """
     if device != torch.device("cuda"):
         return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= num_gpus:
+        raise ValueError(
+            f"process {number} of this machine has no GPU: there are {num_gpus}; start "
+            f"torchrun with --nproc-per-node {num_gpus}, or give --device cpu"
+        )
+    return torch.device("cuda", number)

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch
 
-from var_compressor.artifact import is_artifact, read_manifest
-from var_compressor.models.directory import resolve
+from var_compressor.artifact import enclosing_model, find_model, is_artifact, read_manifest
+from var_compressor.models.directory import EMBEDDED
 from var_compressor.pipeline import InfinityPipeline
 
 T = TypeVar("T")
@@ -51,14 +51,17 @@ class Opening:
 def offers(sources: Sequence[str]) -> list[Offer]:
     """Every model given and, before an artifact, the full-precision one it was made of.
 
-    Nothing given stands for Infinity-Tiny. Raises: ValueError for a source that is no model.
+    A compressed model that needs no other is offered alone where that one is not here. Nothing
+    given stands for Infinity-Tiny. Raises: ValueError for a source that is no model.
     """
     found: dict[str, Offer] = {}
     for source in sources or ["infinity-tiny"]:
-        compressed = is_artifact(source)
-        base = str(read_manifest(source).base["source"]) if compressed else source
-        resolve(base)
-        found.setdefault(base, Offer(f"{_short(base)} · full precision", base, False))
+        folder = find_model(source)
+        compressed = is_artifact(folder)
+        base = str(read_manifest(folder).base["source"]) if compressed else source
+        if not compressed or enclosing_model(folder) is None or _is_here(base):
+            find_model(base)
+            found.setdefault(base, Offer(f"{_short(base)} · full precision", base, False))
         if compressed:
             found.setdefault(source, Offer(_short(source), source, True))
     by_source = list(found.values())
@@ -68,6 +71,10 @@ def offers(sources: Sequence[str]) -> list[Offer]:
         offer if names.count(offer.name) == 1 else replace(offer, name=offer.source)
         for offer in by_source
     ]
+
+
+def _is_here(source: str) -> bool:
+    return source in EMBEDDED or Path(source).expanduser().is_dir()
 
 
 def _short(source: str) -> str:
