@@ -271,6 +271,36 @@ def test_the_top_p_boundary_is_compared_in_float32():
         assert dropped == (logits.softmax(-1)[..., 0] <= limit).item()
 
 
+def test_memory_that_is_short_for_the_vae_takes_what_was_kept_for_the_next_image(monkeypatch):
+    pipeline, text = tiny_pipeline(), random_text([3])
+    wanted = pipeline.generate(text, seed=0).image_B3YX
+    decode, kept_at = pipeline.vae.decode, []
+
+    def with_little_memory(latent_BDYX, *, strip_rows):
+        kept_at.append(pipeline._kept)
+        if pipeline._kept is not None:
+            raise torch.OutOfMemoryError("no memory left")
+        return decode(latent_BDYX, strip_rows=strip_rows)
+
+    monkeypatch.setattr(pipeline.vae, "decode", with_little_memory)
+    pipeline._kept = "the cache and its graphs"
+    assert torch.equal(pipeline.generate(text, seed=0).image_B3YX, wanted)
+    assert len(kept_at) == 2 and kept_at[1] is None and not pipeline.records_graphs
+
+
+def test_memory_that_runs_out_with_nothing_kept_is_an_error(monkeypatch):
+    pipeline, tries = tiny_pipeline(), []
+
+    def without_memory(latent_BDYX, *, strip_rows):
+        tries.append(1)
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(pipeline.vae, "decode", without_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.generate(random_text([3]), seed=0)
+    assert len(tries) == 1 and pipeline.records_graphs
+
+
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [

@@ -22,12 +22,13 @@ from var_compressor.layers.compute import (
     write_table,
 )
 from var_compressor.layers.kernel_block import KernelBlock, packed_numel, use_kernels
-from var_compressor.layers.kernel_linear import LowBitLinear, UnpackedLinear
+from var_compressor.layers.kernel_linear import LowBitLinear, Scratch, UnpackedLinear
 from var_compressor.layers.kv_cache import PlainCache
 from var_compressor.layers.linear import QuantizedLinear
 from var_compressor.models.schedule import Schedule
 from var_compressor.models.transformer import TextFeatures
 from var_compressor.pipeline import InfinityPipeline
+from var_compressor.spec import PRESETS
 
 HOPPER, AMPERE = (9, 0), (8, 0)
 
@@ -268,3 +269,23 @@ def test_a_lora_in_the_branch_is_multiplied_too(compressed, tmp_path, compute, c
         if compute != "w4a4":
             without_shift(linear)
         assert snr_db(found, linear(x_MK)) > 40, name
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "itemsize"),
+    [("packed", (9, 0), 1), ("auto", (8, 7), 0), ("w4a8", (8, 6), 0), ("bf16", (8, 7), 2)],
+)
+def test_room_for_unpacked_weights_is_held_where_a_path_unpacks(asked, capability, itemsize):
+    spec = PRESETS["svdquant"].for_module("blocks.0.ffn.fc1")
+    with torch.device(DEVICE):
+        linear = QuantizedLinear(128, 256, spec, bias_dtype=torch.float32)
+    for tensor in linear.buffers():
+        tensor.fill_(1)
+    scratch = Scratch(torch.device(DEVICE))
+    held = LowBitLinear(linear, Policy(asked, capability, 8), scratch, dtype=HALF)
+    assert held.scratch_bytes() == itemsize * 128 * 256
+    assert all(buffer.numel() == itemsize * 128 * 256 for buffer in scratch.buffers)
+    # and no path of that policy unpacks to more
+    for num_tokens in (1, 64, 65, 4096):
+        form = held.form(held.choice(num_tokens).path)
+        assert (0 if form is None else form.dtype.itemsize) <= itemsize

@@ -201,7 +201,7 @@ def test_the_first_setup_that_fits_is_taken_and_none_before_it_would(gib, batch)
 
 
 def test_more_memory_never_means_fewer_bits():
-    request, rank = request_of(MODEL_8B), {"bf16": 16, "int8": 8, "w4a4": 4}
+    request, rank = request_of(MODEL_8B), {"bf16": 16, "w4a4": 4}
     plans = [plan_memory(MODEL_8B, request, budget_bytes=gib * GIB) for gib in range(8, 40, 4)]
     weights = [rank[one.setup.weights] for one in plans]
     assert weights == sorted(weights)
@@ -216,6 +216,20 @@ def test_a_cache_that_does_not_fit_gets_a_budget_that_does():
     whole = replace(found.setup, kv_budget=None)
     assert footprint(MODEL_8B, request, whole).peak_bytes > usable_bytes(int(gib * GIB))
     assert found.footprint.stages["draw"]["KV cache"] == 2 * found.setup.kv_budget
+
+
+def test_a_cache_that_is_kept_is_there_at_every_stage():
+    request = request_of(MODEL_8B)
+    setup = Setup("w4a4", "int8", 16, False, None, None)
+    gone, kept = (footprint(MODEL_8B, request, replace(setup, keeps_cache=k)) for k in (0, 1))
+    assert kept.stages["draw"] == gone.stages["draw"]
+    config = MODEL_8B.transformer
+    # keys and values of 40 layers of 64 tokens; what 10,521 tokens of two rows are, in float32
+    text_kv = 40 * 2 * 64 * 2 * config.embed_dim * 2
+    inputs = 4 * 2 * 10521 * config.embed_dim
+    added = gone.stages["draw"]["KV cache"] + text_kv + inputs
+    for stage in ("text", "VAE"):
+        assert kept.stage_bytes[stage] == gone.stage_bytes[stage] + added
 
 
 def test_released_and_cached_text_encoders_are_not_there_when_it_draws():

@@ -43,7 +43,6 @@ CONV_WORKSPACE = 1.0
 
 WEIGHTS: dict[str, QuantSpec | None] = {
     "bf16": None,
-    "int8": PRESETS["w8a8"],
     "w4a4": PRESETS["svdquant"],
 }
 KV_BITS = {"int8": 8, "int4": 4}
@@ -97,7 +96,8 @@ class Setup:
     were cached elsewhere; ``releases_text`` before drawing. ``chunk_tokens`` of the feed-forward
     and ``strip_rows`` of the VAE at a time, None for all; where compressed linears run in chunks,
     the weights of the text's keys and values are on the host while levels are drawn. ``unpacks``
-    compressed weights to 8 bits for good (compute path w8a8).
+    compressed weights to 8 bits for good (compute path w8a8). ``keeps_cache`` from image to image,
+    with the text's keys and values and every level's input, as CUDA graphs do.
     """
 
     weights: str
@@ -108,6 +108,7 @@ class Setup:
     strip_rows: int | None
     kv_budget: int | None = None
     unpacks: bool = False
+    keeps_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,16 @@ def footprint(model: ModelShape, request: Request, setup: Setup) -> Footprint:
         vae_stage = vae_stage | {
             "VAE activations": vae_scratch_bytes(model.vae, request, setup.strip_rows)
         }
-    draw = draw | {
+    cached = {
         "text keys and values": cross_kv_bytes(model.transformer, request),
         "KV cache": kv_bytes(model, request, setup),
-        "level activations": level_bytes(model.transformer, request, setup, spec),
     }
+    activations = level_bytes(model.transformer, request, setup, spec)
+    draw = draw | cached | {"level activations": activations}
+    if setup.keeps_cache:
+        inputs = 4 * request.rows * request.schedule.num_tokens * model.transformer.embed_dim
+        kept = cached | {"inputs of CUDA graphs": inputs}
+        text_stage, vae_stage = text_stage | kept, vae_stage | kept
     drawing = dict(held)
     if setup.chunk_tokens is not None and spec is not None:
         drawing.pop(TEXT_WEIGHTS)

@@ -20,11 +20,11 @@ def load_artifact(
 ) -> InfinityPipeline:
     """Open a compressed model, ready to draw: `quantize_model`'s counterpart.
 
-    ``path``: what `quantize_model`, ``varc quantize`` or ``varc import-artifact`` wrote, a directory
-    that `InfinityPipeline.save_pretrained` wrote, or a hub id of one. Block tensors that are not
-    packed weights, the VAE and the text encoder run in ``dtype``. An artifact has VAE and text
-    encoder of its base model, which must still be where it says; a directory has its own. The KV
-    cache is stored as the artifact says. ``device``, ``compute`` and ``low_memory`` as for
+    ``path``: what `quantize_model`, ``varc quantize`` or ``varc import-artifact`` wrote, a
+    directory that `InfinityPipeline.save_pretrained` wrote, or a hub id of one. Block tensors that
+    are not packed weights, the VAE and the text encoder run in ``dtype``. An artifact has VAE and
+    text encoder of its base model, which must still be where it says; a directory has its own. The
+    KV cache is stored as the artifact says. ``device``, ``compute`` and ``low_memory`` as for
     `InfinityPipeline.from_pretrained`, which opens artifacts too, and has more choices; this one
     refuses what is not compressed. The network alone is the pipeline's ``transformer``.
     Raises: ArtifactError or CheckpointError (ValueErrors) when there is no finished artifact, its

@@ -283,6 +283,12 @@ class InfinityPipeline:
                 "lora=[(path, scale)]), or open it with compute='reference'"
             )
 
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the KV cache stays for the next image, with CUDA graphs that use it."""
+        has_kernels = isinstance(self.transformer.blocks[0], KernelBlock)
+        return has_kernels and self.records_graphs and not self.saves_memory
+
     def save_memory(self) -> None:
         """From now on take the least memory, at some cost of time.
 
@@ -729,8 +735,7 @@ class InfinityPipeline:
 
         Blocks of kernels keep theirs, with its cache and its graphs, for the next image alike.
         """
-        has_kernels = isinstance(self.transformer.blocks[0], KernelBlock)
-        if self.saves_memory or not has_kernels or not self.records_graphs:
+        if not self.keeps_cache:
             context = self._read_text(context)
             cache = self.new_cache(schedule, rows=len(context.cond_RC))
             return LevelLogits(self.transformer, schedule, cache, guidance, taus), context
@@ -760,7 +765,23 @@ class InfinityPipeline:
         """The image ``[B, 3, Y, X]`` in [-1, 1]; None decodes at once, or saves memory if asked."""
         if strip_rows is None and self.saves_memory:
             strip_rows = SAVING_STRIP_ROWS
-        return self.vae.decode(latent_BDYX, strip_rows=strip_rows)
+        return self._with_room(lambda: self.vae.decode(latent_BDYX, strip_rows=strip_rows))
+
+    def _with_room(self, use: Callable[[], T]) -> T:
+        """What ``use`` returns; where memory is short, without what was kept for the next image.
+
+        Nothing is kept from then on.
+        """
+        try:
+            return use()
+        except torch.OutOfMemoryError:
+            if self._kept is None:
+                raise
+        # outside of the except clause, whose traceback holds the tensors that were made
+        self.free_cache()
+        self.records_graphs = False
+        torch.cuda.empty_cache()
+        return use()
 
     def free_cache(self) -> None:
         """Give back the KV cache and the graphs that the next image would have used again."""
@@ -812,7 +833,8 @@ class InfinityPipeline:
             return TextFeatures(prompts.packed_TE.to(self.device), prompts.lens)
         if self.text_encoder is None:
             raise ValueError("this pipeline has no text encoder; pass TextFeatures as prompts")
-        features = self.text_encoder.encode(prompts)
+        encoder = self.text_encoder
+        features = self._with_room(lambda: encoder.encode(prompts))
         return TextFeatures(features.packed_TE.to(self.device), features.lens)
 
     def embed_text(

@@ -146,7 +146,7 @@ def part_bytes(pipeline: InfinityPipeline) -> dict[str, int]:
 
 
 def _nvml(device: torch.device) -> tuple[Any, Any] | None:
-    """(the module pynvml, the GPU as it knows it); None without NVML."""
+    """(the module pynvml, the GPU as it knows it); None where NVML is missing or knows no memory."""
     try:
         pynvml = importlib.import_module("pynvml")
     except ImportError:
@@ -154,6 +154,9 @@ def _nvml(device: torch.device) -> tuple[Any, Any] | None:
     try:
         pynvml.nvmlInit()
         uuid = torch.cuda.get_device_properties(device).uuid
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        # on a Jetson it knows no memory of the GPU's own
+        pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return pynvml, handle
     except pynvml.NVMLError:
         return None

@@ -234,6 +234,7 @@ def predicted_peaks(
         chunk_tokens=request.schedule.levels[-1].num_tokens if saves and compressed else None,
         strip_rows=SAVING_STRIP_ROWS if saves else None,
         unpacks=any(isinstance(one, UnpackedLinear) for one in linears),
+        keeps_cache=pipeline.keeps_cache,
     )
     asked = footprint.Request(request.schedule, len(text.lens), max(text.lens))
     return footprint.footprint(shape, asked, setup).stage_bytes

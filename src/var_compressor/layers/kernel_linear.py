@@ -328,9 +328,10 @@ class LowBitLinear(KernelLinear):
         )  # fmt: skip
 
     def scratch_bytes(self) -> int:
-        """Of the widest form that the policy may ask for."""
-        wide = self.policy.asked == "bf16" or self.act_format is None or not self.policy.has_fp8
-        return self.out_features * self.in_features * (self.dtype.itemsize if wide else 1)
+        """Of the widest form that the policy may ask for; without fp8, other paths unpack none."""
+        is_wide = self.policy.asked == "bf16" or self.act_format is None
+        itemsize = self.dtype.itemsize if is_wide else int(self.policy.has_fp8)
+        return self.out_features * self.in_features * itemsize
 
 
 class UnpackedLinear(KernelLinear):
