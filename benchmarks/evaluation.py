@@ -4,7 +4,7 @@
     python benchmarks/evaluation.py kills --processes 2 --images 5000 --kills 4
 
 Processes take one GPU each, or share the CPU with one thread each. "scaling" draws the same images
-with every number of processes and measures them with the reader, whose rows are added up over NCCL
+with every number of processes and has the reader judge them; its rows are added up over NCCL
 (gloo on a CPU); models are loaded and warmed up before the clock starts. "kills" evaluates once
 undisturbed, and once more while processes are killed with SIGKILL at random moments and the same
 command is started again; rows and values must be equal to the bit. Last line: JSON.
@@ -163,7 +163,7 @@ def time_here(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         drawn = [Drawn(prompts, gallery, None)]
         silently = silent["on_progress"]
-        measure_rows("reader_fid", drawn, weights_dir=None, crew=crew, on_progress=silently)
+        measure_rows("caption_accuracy", drawn, weights_dir=None, crew=crew, on_progress=silently)
         measuring_s = time.perf_counter() - began
         if crew.is_first:
             backend = "nothing to add up"

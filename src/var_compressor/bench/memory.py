@@ -146,7 +146,7 @@ def part_bytes(pipeline: InfinityPipeline) -> dict[str, int]:
 
 
 def _nvml(device: torch.device) -> tuple[Any, Any] | None:
-    """(the module pynvml, the GPU as it knows it); None where NVML is missing or knows no memory."""
+    """(pynvml, the GPU as it knows it); None without NVML, or where it tells no memory."""
     try:
         pynvml = importlib.import_module("pynvml")
     except ImportError:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from var_compressor import page
 from var_compressor.artifact import write_atomically, write_json
-from var_compressor.evaluation import compare_page, page, plots
+from var_compressor.evaluation import compare_page, plots
 from var_compressor.evaluation.ablation import FULL, METHODS, Ablation, Cell
 from var_compressor.evaluation.compare import METHOD
 from var_compressor.evaluation.compare_page import ABSENT, Label, Table, label_of

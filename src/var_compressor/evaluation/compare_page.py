@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from var_compressor import page
 from var_compressor.artifact import write_atomically, write_json
-from var_compressor.evaluation import page, plots
+from var_compressor.evaluation import plots
 from var_compressor.evaluation.compare import METHOD, ComparedBenchmark, Comparison, Entry
 from var_compressor.evaluation.statistics import Estimate
 

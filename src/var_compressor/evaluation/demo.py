@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from var_compressor import page
 from var_compressor.artifact import is_artifact, write_atomically
 from var_compressor.compress import calibrate_cache, check_kv, open_pipeline, quantize, store_cache
-from var_compressor.evaluation import page
 from var_compressor.evaluation.agreement import BitAgreement, bit_agreement, pooled, psnr_db, ssim
 from var_compressor.evaluation.captions import captions
 from var_compressor.evaluation.reader import Reader

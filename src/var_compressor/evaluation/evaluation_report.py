@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from var_compressor.evaluation import page
+from var_compressor import page
 from var_compressor.evaluation.evaluate import Evaluation
 from var_compressor.evaluation.metrics import METRICS
 from var_compressor.evaluation.pairs import Pairs

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from var_compressor import page
 from var_compressor.artifact import write_atomically, write_json
-from var_compressor.evaluation import compare_page, page, plots
+from var_compressor.evaluation import compare_page, plots
 from var_compressor.evaluation.compare import METHOD, Entry
 from var_compressor.evaluation.compare_page import ABSENT, Label, Table, label_of
 from var_compressor.evaluation.reproduce import GB, PEAK_GB, SECONDS, PublishedRow, Reproduced

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
+from var_compressor import page
 from var_compressor.artifact import block_file, write_atomically
-from var_compressor.profiling import drawing, figures, page
+from var_compressor.profiling import drawing, figures
 from var_compressor.profiling.rows import Row, rows_of, worst_first
 from var_compressor.spec import QuantSpec
 
@@ -104,7 +105,7 @@ def write_report(profile: Mapping[str, Any], folder: Path) -> bool:
     ]
     for picture in PICTURE_LIST:
         content = [] if svgs is None or picture.name not in svgs else [
-            page.figure(svgs[picture.name], picture.caption)
+            page.drawing(svgs[picture.name], picture.caption)
         ]  # fmt: skip
         if picture.name == "worst":
             content.append(page.table(COLUMNS, table_rows(profile)))
@@ -117,7 +118,7 @@ def write_report(profile: Mapping[str, Any], folder: Path) -> bool:
                      page.folded("Cache", _all_caches(profile))),
         page.section("How it was measured", *map(page.paragraph, _method(profile))),
     ]  # fmt: skip
-    write_atomically(folder / REPORT_FILE, page.whole(title, parts).encode())
+    page.write_page(folder / REPORT_FILE, title, parts)
     return svgs is not None
 
 

@@ -1,20 +1,32 @@
-"""One self-contained HTML file: styles, pictures and tables in it, nothing from outside.
+"""Self-contained HTML pages of results: one style for light, dark and print, nothing from outside.
 
-What these functions return is HTML; plain text that they take is escaped.
+Every function takes plain text and escapes it; what they return is HTML, to be put together by
+`write_page`.
 """
 
 from __future__ import annotations
 
 import html
+import re
+from base64 import b64encode
 from collections.abc import Sequence
+from pathlib import Path
+
+from var_compressor.artifact import write_atomically
 
 
-def whole(title: str, parts: Sequence[str]) -> str:
-    return (
+def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
+    """One HTML file: the title, then ``parts``, which are HTML."""
+    content = (
         _PAGE.replace("{style}", _STYLE)
         .replace("{title}", html.escape(title))
         .replace("{body}", "\n".join(parts))
     )
+    write_atomically(path, content.encode())
+
+
+def heading(text: str) -> str:
+    return f"<h2>{html.escape(text)}</h2>"
 
 
 def section(title: str, *parts: str) -> str:
@@ -44,7 +56,28 @@ def verdict(words: str, text: str, advice: str | None) -> str:
     )
 
 
-def figure(svg: str, caption: str) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The first column on the left, all others on the right; an interval stays on one line."""
+    head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in columns)
+    body = "\n".join(
+        f"<tr>{''.join(f'<td>{_unbroken(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return (
+        f"<div class='wide'><table><thead><tr>{head}</tr></thead>\n"
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )
+
+
+def _unbroken(cell: str) -> str:
+    """With no break inside brackets of two numbers, such as [0.1, 0.2]."""
+    return re.sub(r"(\[[^\[\], ]+), ", "\\1,\N{NO-BREAK SPACE}", html.escape(cell))
+
+
+def folded(title: str, content: str) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>\n{content}\n</details>"
+
+
+def drawing(svg: str, caption: str) -> str:
     """A picture as an SVG of our own, which is not escaped; the caption also describes it to those
     who cannot see it.
     """
@@ -54,20 +87,27 @@ def figure(svg: str, caption: str) -> str:
     return f"<figure>{described}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column on the left, all others on the right."""
-    head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in columns)
-    body = "\n".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
+def picture(png: bytes, text: str) -> str:
+    """An image in the page itself; ``text`` is for those who cannot see it."""
+    return f"<img alt='{html.escape(text, quote=True)}' src='{data_url(png)}'>"
+
+
+def pictures(images: Sequence[tuple[bytes, str]], caption: str, note: str) -> str:
+    """Images of the same thing side by side, each with its text, above a caption and a note."""
+    shown = "".join(picture(png, text) for png, text in images)
     return (
-        f"<div class='wide'><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>"
-        "</table></div>"
+        f"<figure><div>{shown}</div><figcaption>{html.escape(caption)}<br>"
+        f"<small>{html.escape(note)}</small></figcaption></figure>"
     )
 
 
-def folded(title: str, content: str) -> str:
-    return f"<details><summary>{html.escape(title)}</summary>\n{content}\n</details>"
+def gallery(figures: Sequence[str]) -> str:
+    """Figures in as many columns as the window holds."""
+    return "<main>\n" + "\n".join(figures) + "\n</main>"
+
+
+def data_url(png: bytes) -> str:
+    return "data:image/png;base64," + b64encode(png).decode()
 
 
 _PAGE = """<!doctype html>
@@ -94,7 +134,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body {
   font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 70rem; margin: 2.5rem auto; padding: 0 1.2rem;
+  max-width: 76rem; margin: 2.5rem auto; padding: 0 1.2rem;
 }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .8rem; }
 h2 {
@@ -115,15 +155,21 @@ pre {
   margin: .5rem 0 .3rem; padding: .5rem .7rem; background: var(--paper); border-radius: 4px;
   border: 1px solid var(--grid); white-space: pre-wrap; overflow-wrap: anywhere; font-size: .82rem;
 }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: 1.2rem; }
 figure { margin: 1rem 0 1.6rem; break-inside: avoid; }
+main figure { margin: 0; }
 figure svg { width: 100%; height: auto; display: block; }
+figure div { display: flex; gap: 4px; }
+figure img { flex: 1; min-width: 0; border-radius: 6px; }
+p img, body > img { max-width: 100%; background: #fff; border-radius: 6px; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .4rem; max-width: 62rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: .8rem 0 1.4rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--grid); text-align: right; }
 td { white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+tbody tr:hover { background: var(--panel); }
 details { margin: 1rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 @media print {
@@ -135,7 +181,7 @@ summary { cursor: pointer; color: var(--accent); }
   h2 { break-after: avoid; margin-top: 1.4rem; }
   table { font-size: 7.5pt; }
   th, td { padding: .1rem .4rem; }
-  tr { break-inside: avoid; }
+  tr, img { break-inside: avoid; }
   .wide { overflow: visible; }
   details { display: none; }
 }
