@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from test_ptq import contents
-from var_compressor.quant.team import Team
+from var_compressor.quant.team import Team, local_device
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 40])
@@ -62,3 +63,16 @@ def test_two_processes_make_the_same_bytes_as_one(model_dir, tmp_path, prefix):
     one, two = (contents(tmp_path / name) for name in ("one", "two"))
     one, two = ({k: v for k, v in c.items() if k != "report.png"} for c in (one, two))
     assert one == two
+
+
+def test_a_process_without_a_gpu_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert local_device(torch.device("cuda")) == torch.device("cuda", rank)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"process 2 .* there are 2; .* --nproc-per-node 2"):
+        local_device(torch.device("cuda"))
+    # what was asked for by number, and a CPU, are nobody's share
+    assert local_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert local_device(torch.device("cpu")) == torch.device("cpu")
