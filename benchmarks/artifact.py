@@ -26,11 +26,12 @@ from load import commit
 
 from var_compressor.artifact import TRANSFORMER_FILE, Manifest, artifact_writer, put_kv
 from var_compressor.bench.shapes import plausible_ranges, random_pipeline
+from var_compressor.generation import Generation
 from var_compressor.layers.kv_params import fingerprint, params_to_tensors
 from var_compressor.models.config import config_to_dict
 from var_compressor.models.convert import WriteOptions, init_random, model_config
 from var_compressor.models.sampling import Sampling
-from var_compressor.pipeline import Generation, InfinityPipeline
+from var_compressor.pipeline import InfinityPipeline
 from var_compressor.quant.ptq import describe_base
 from var_compressor.spec import PRESETS
 

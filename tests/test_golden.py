@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from tiny import GOLDEN, golden_config, golden_pipeline
-from var_compressor import pipeline as pipeline_module
+from var_compressor import generation
+from var_compressor.generation import Generation
 from var_compressor.layers.kv_cache import PlainCache
 from var_compressor.models.bits import teacher_inputs
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.schedule import Schedule
-from var_compressor.pipeline import Generation
 
 CASES = ("case_a", "case_b")
 NUM_LEVELS = 7
@@ -84,7 +84,7 @@ def test_cached_keys_and_values(case):
     WholeCache.seen = {}
     expected = recorded(case)
     pipeline, text = golden_pipeline(case, torch.float32)
-    with mock.patch.object(pipeline_module, "PlainCache", WholeCache):
+    with mock.patch.object(generation, "PlainCache", WholeCache):
         pipeline.generate(text, seed=0, forced_bits=generated(case).trace.bits)
     for layer in golden_config(case)[1]["recording"]["kv_blocks"]:
         keys, values = (

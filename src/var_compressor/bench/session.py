@@ -13,11 +13,12 @@ from var_compressor.bench import ceilings, kinds, work
 from var_compressor.bench.memory import Memory, Meter
 from var_compressor.bench.shapes import random_text
 from var_compressor.bench.timing import Request, Run, draw, sampling_seconds, time_run
+from var_compressor.generation import SAVING_STRIP_ROWS
 from var_compressor.layers.kernel_linear import UnpackedLinear
 from var_compressor.machine import machine_of
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.transformer import TextFeatures
-from var_compressor.pipeline import SAVING_STRIP_ROWS, InfinityPipeline, Text
+from var_compressor.pipeline import InfinityPipeline, Text
 
 if TYPE_CHECKING:
     from var_compressor.footprint import ModelShape

@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 
 from var_compressor.bench.ceilings import median_seconds
+from var_compressor.generation import Drawn, Generation, OnLevel
 from var_compressor.models.sampling import (
     Sampling,
     draw_noise,
@@ -20,7 +21,7 @@ from var_compressor.models.sampling import (
 )
 from var_compressor.models.schedule import Level, Schedule
 from var_compressor.models.transformer import TextFeatures
-from var_compressor.pipeline import Drawn, Generation, InfinityPipeline, OnLevel, Text
+from var_compressor.pipeline import InfinityPipeline, Text
 
 
 @dataclass(frozen=True)

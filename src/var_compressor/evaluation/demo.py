@@ -25,10 +25,11 @@ from var_compressor.evaluation.captions import captions
 from var_compressor.evaluation.reader import Reader
 from var_compressor.evaluation.scenes import sample_scenes, truths
 from var_compressor.evaluation.scores import CaptionScore, caption_accuracy, score_caption
+from var_compressor.generation import Drawn
 from var_compressor.models.directory import meta_transformer
 from var_compressor.models.sampling import Sampling
 from var_compressor.models.schedule import Schedule
-from var_compressor.pipeline import Drawn, InfinityPipeline
+from var_compressor.pipeline import InfinityPipeline
 from var_compressor.quant.calibration import Progress
 from var_compressor.recipe import Recipe
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from var_compressor.generation import Trace
 from var_compressor.models.agreement import compare_logits
-from var_compressor.pipeline import Trace
 
 # difference, of 255, that the map shows in its brightest colour
 FULL_DIFFERENCE = 96

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from var_compressor.generation import Generation, Trace
 from var_compressor.models.bits import resize, vae_grid
 from var_compressor.models.schedule import Level, Schedule
 from var_compressor.models.transformer import TextFeatures
-from var_compressor.pipeline import Generation, InfinityPipeline, Trace
+from var_compressor.pipeline import InfinityPipeline
 from var_compressor.resident import reset_resident_peak, resident_peak
 from var_compressor.studio.comparing import Comparison, compare
 from var_compressor.studio.engine import Report
