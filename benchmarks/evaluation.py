@@ -203,7 +203,7 @@ def kills(args: argparse.Namespace, deadline: float) -> dict:
         for moment in moments:
             processes = started(command, size, rough)
             while num_images(rough) < moment and time.monotonic() < deadline:
-                time.sleep(0.02)
+                time.sleep(0.2)
             # one at random; the launcher takes the others down a moment later
             dice.shuffle(processes)
             processes[0].send_signal(signal.SIGKILL)
@@ -215,7 +215,8 @@ def kills(args: argparse.Namespace, deadline: float) -> dict:
             print(f"killed at {killed_at[-1]} of {total} images")
         written = stamps(rough)
         finish(started(command, size, rough), rough, deadline)
-        kept = sum(stamps(rough).get(name) == stamp for name, stamp in written.items())
+        finished = stamps(rough)
+        kept = sum(finished.get(name) == stamp for name, stamp in written.items())
         equal = same_numbers(quiet / "results", rough / "results")
         values = read_results(rough / "results").benchmarks["tiny"].metrics
     for name, found in values.items():

@@ -2,6 +2,7 @@
 learns and reloads.
 """
 
+import copy
 import math
 from dataclasses import replace
 
@@ -87,8 +88,16 @@ def test_stored_reader_reads_the_same(learned, tmp_path):
     reader.save(tmp_path / "model.safetensors")
     again = Reader.load(tmp_path / "model.safetensors")
     assert next(again.parameters()).dtype == torch.float32 and not again.training
-    for old, new in zip(reader.read(image_B3HW), again.read(image_B3HW), strict=True):
-        assert [o.attributes for o in old.objects] == [o.attributes for o in new.objects]
+    # stored in bf16, which may move what the reader hardly saw
+    rounded = copy.deepcopy(reader)
+    for tensor in rounded.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.bfloat16())
+    assert rounded.read(image_B3HW) == again.read(image_B3HW)
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_file_that_does_not_fit_is_refused_by_name(learned, tmp_path):
