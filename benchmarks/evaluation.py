@@ -127,6 +127,10 @@ def scaling(args: argparse.Namespace, deadline: float) -> dict:
     return {"runs": runs}
 
 
+def silently(*_: object) -> None:
+    """Progress and notes that nobody reads."""
+
+
 def time_here(args: argparse.Namespace) -> None:
     """One process of a timed run; the first one writes the times."""
     from var_compressor.compress import choose_device
@@ -145,7 +149,6 @@ def time_here(args: argparse.Namespace) -> None:
     model, _ = model_of(recipe, args.artifact, Switches(), compute=AS_CALIBRATED, prompt_cache=None)
     device = local_device(choose_device("auto"))
     sampling = Sampling(cfg=2.0, tau=0.3)
-    silent = {"on_progress": lambda *_: None, "note": lambda _: None}
     with crew_of_environment(device) as crew:
         pipeline, schedule = model.open(), model.schedule(recipe)
         samples = open_benchmarks(["tiny"], Path())[0].choose(args.images, seed=0)
@@ -158,12 +161,12 @@ def time_here(args: argparse.Namespace) -> None:
         plan = Plan(schedule, sampling, args.batch)
         crew.gathered(None)
         began = time.perf_counter()
-        draw_sets(gallery, [prompts], plan, opened=lambda: pipeline, crew=crew, **silent)
+        ways = {"crew": crew, "on_progress": silently}
+        draw_sets(gallery, [prompts], plan, opened=lambda: pipeline, note=silently, **ways)
         drawing_s = time.perf_counter() - began
         began = time.perf_counter()
         drawn = [Drawn(prompts, gallery, None)]
-        silently = silent["on_progress"]
-        measure_rows("caption_accuracy", drawn, weights_dir=None, crew=crew, on_progress=silently)
+        measure_rows("caption_accuracy", drawn, weights_dir=None, **ways)
         measuring_s = time.perf_counter() - began
         if crew.is_first:
             backend = "nothing to add up"

@@ -361,9 +361,10 @@ def test_teacher_forcing_with_codes_equals_cached_generation(patchify, cfg, kind
         assert plain.kv_bytes == 4 * run.kv_bytes
     at_once = pipeline.teacher_logits(text, run.trace.bits, cfg=cfg)
     for ours, cached in zip(at_once, run.trace.logits, strict=True):
-        # products of other shapes round otherwise, which may move a value across a code's border
+        # products of other shapes round otherwise, which may move a value across a code's border,
+        # and moves every scale that is found on the fly
         error = (ours - cached).abs() / cached.abs().max()
-        assert (error <= 1e-4).double().mean() >= 0.98
+        assert (error <= (1e-4 if format.dynamic else 1e-5)).double().mean() >= 0.98
         assert error.max() <= (1e-3 if min(nbits) == 8 else 2e-2)
     changes = [
         float((ours - theirs).abs().max() / theirs.abs().max())

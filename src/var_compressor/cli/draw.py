@@ -106,6 +106,7 @@ def generate(
 
     Example: varc generate "a large red metal cube on a wooden floor." --seed 0 --out cube.png
     """
+    from var_compressor.artifact import find_model
     from var_compressor.compress import choose_device, choose_dtype
     from var_compressor.images import check_png_path, write_png
     from var_compressor.interop.kv_quant_calib import use_cache
@@ -119,9 +120,11 @@ def generate(
     for path in paths:
         check_png_path(path)
     adapters = _with_scales(lora or [], lora_scale or [])
-    with byte_progress("loading", InfinityPipeline.stored_bytes(model)) as on_tensor:
+    # once: the hub is asked each time
+    folder = find_model(model)
+    with byte_progress("loading", InfinityPipeline.stored_bytes(folder)) as on_tensor:
         pipeline = InfinityPipeline.from_pretrained(
-            model,
+            folder,
             dtype=choose_dtype(dtype, chosen),
             device=chosen,
             text_encoder_cache=prompt_cache,
