@@ -1,6 +1,6 @@
 """`varc evaluate` by several processes: how far it scales, and that kills change no number.
 
-    python benchmarks/evaluation.py scaling --processes 1 2 --images 512
+    python benchmarks/evaluation.py scaling --processes 1 2 2 1 --images 512
     python benchmarks/evaluation.py kills --processes 2 --images 5000 --kills 4
 
 Processes take one GPU each, or share the CPU with one thread each. "scaling" draws the same images
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -102,9 +103,7 @@ def finish(processes: Sequence[subprocess.Popen], folder: Path, deadline: float)
 
 def scaling(args: argparse.Namespace, deadline: float) -> dict:
     runs = []
-    print(
-        f"{'processes':>10}{'drawing s':>12}{'images/s':>11}{'measuring s':>13}{'efficiency':>12}"
-    )
+    print(f"{'processes':>10}{'drawing s':>12}{'images/s':>11}{'measuring s':>13}")
     for size in args.processes:
         with tempfile.TemporaryDirectory() as folder:
             times = Path(folder) / "times.json"
@@ -116,15 +115,25 @@ def scaling(args: argparse.Namespace, deadline: float) -> dict:
             finish(started(command, size, Path(folder)), Path(folder), deadline)
             run = {"processes": size, **json.loads(times.read_text())}
         run["images_per_s"] = args.images / run["drawing_s"]
-        first = runs[0] if runs else run
-        per_process = run["images_per_s"] / size
-        run["efficiency"] = per_process / (first["images_per_s"] / first["processes"])
         runs.append(run)
         print(
             f"{size:>10}{run['drawing_s']:>12.2f}{run['images_per_s']:>11.2f}"
-            f"{run['measuring_s']:>13.2f}{run['efficiency']:>11.1%}"
+            f"{run['measuring_s']:>13.2f}"
         )
-    return {"runs": runs}
+    found = efficiencies(runs)
+    for size, efficiency in found.items():
+        print(f"{size} processes: {efficiency:.1%} of what as many alone would draw (medians)")
+    return {"runs": runs, "efficiency": found}
+
+
+def efficiencies(runs: Sequence[dict]) -> dict[int, float]:
+    """Images per second and process over those of the fewest processes; by medians of runs."""
+    seconds: dict[int, list[float]] = {}
+    for run in runs:
+        seconds.setdefault(run["processes"], []).append(run["drawing_s"])
+    work = {size: size * median(found) for size, found in sorted(seconds.items())}
+    fewest = next(iter(work.values()))
+    return {size: fewest / one for size, one in list(work.items())[1:]}
 
 
 def silently(*_: object) -> None:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from tiny import random_text, tiny_pipeline
-from var_compressor.layers.level_graphs import LevelGraphs, padded
+from var_compressor.layers.level_graphs import LevelGraphs, _recording_stream, padded
 from var_compressor.layers.level_logits import LevelLogits
 from var_compressor.models.sampling import Sampling
 
@@ -49,18 +49,22 @@ def free_bytes(monkeypatch):
     found = [2**40]
 
     @contextmanager
-    def recording(graph, *, pool, capture_error_mode):
+    def recording(graph, *, pool, stream, capture_error_mode):
+        assert stream == ("stream of GPU", 1)
         with graph:
             yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda index: ("stream of GPU", index))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (found[-1], 2**40))
     RecordedGraph.num_replays = 0
-    return found
+    yield found
+    _recording_stream.cache_clear()
 
 
 @pytest.fixture

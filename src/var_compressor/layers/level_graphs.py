@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -110,12 +110,23 @@ def _run_and_record(run: Callable[[], T], pool: Any) -> tuple[T, _Recording[T] |
         gc.disable()
         try:
             # other threads, which have other GPUs, do what they like meanwhile
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph,
+                pool=pool,
+                stream=_recording_stream(torch.cuda.current_device()),
+                capture_error_mode="thread_local",
+            ):
                 recorded = run()
         finally:
             if collects:
                 gc.enable()
     return result, _Recording(graph, recorded)
+
+
+@cache
+def _recording_stream(device_index: int) -> torch.cuda.Stream:
+    """One per GPU: torch's own is on the GPU that recorded first, for all of them."""
+    return torch.cuda.Stream(device_index)
 
 
 def padded(context: TextContext) -> TextContext:
