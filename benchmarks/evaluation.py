@@ -175,7 +175,7 @@ def time_here(args: argparse.Namespace) -> None:
         drawing_s = time.perf_counter() - began
         began = time.perf_counter()
         drawn = [Drawn(prompts, gallery, None)]
-        measure_rows("caption_accuracy", drawn, weights_dir=None, **ways)
+        measure_rows("caption_accuracy", drawn, weights_dir=None, rows_root=Path("rows"), **ways)
         measuring_s = time.perf_counter() - began
         if crew.is_first:
             backend = "nothing to add up"

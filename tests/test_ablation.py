@@ -15,7 +15,7 @@ from var_compressor.evaluation import ablation, ablation_page
 from var_compressor.evaluation.ablation import Cell, Grid, cells_of, correlated
 from var_compressor.evaluation.bitwise import packed_bits, unpacked_bits
 from var_compressor.evaluation.compare import ComparedBenchmark, Entry
-from var_compressor.evaluation.gallery import read_image
+from var_compressor.evaluation.gallery import read_carried, read_image
 from var_compressor.evaluation.metrics import BIT_METRICS
 from var_compressor.evaluation.results import MetricResult, read_results, read_rows
 from var_compressor.layers.switches import Switches
@@ -227,7 +227,7 @@ def test_images_carry_the_bits_that_they_were_drawn_from(done, grid, model_dir):
     assert len(paths) == 6
     pipeline = InfinityPipeline.from_pretrained(model_dir, dtype=torch.float32)
     schedule = pipeline.schedule_for(1.0, None)
-    image_3YX, carried = read_image(paths[0])
+    image_3YX, carried = read_image(paths[0]), read_carried(paths[0])
     bits = unpacked_bits([carried["bits"]], schedule, 8)
     pyramid = pipeline.new_pyramid(schedule, batch=1)
     for level, bits_BLQ in zip(schedule.levels, bits, strict=True):

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from test_linear import K, make_spec, random_linear, random_parts
 from var_compressor import cli
 from var_compressor.cli.evaluate import spread
+from var_compressor.evaluation import bit_rows
 from var_compressor.evaluation.evaluate import Evaluation, Request, evaluate
 from var_compressor.evaluation.evaluation_report import write_page
-from var_compressor.evaluation.gallery import read_image
+from var_compressor.evaluation.gallery import read_carried, read_image
 from var_compressor.evaluation.measuring import summarize
 from var_compressor.evaluation.metrics import MetricUnavailable
+from var_compressor.evaluation.metrics.pixels import Psnr
 from var_compressor.evaluation.results import REFERENCE, TRUTH, read_results, read_rows
 from var_compressor.evaluation.scores import frechet_distance
+from var_compressor.images import SETTINGS_KEY, write_png
 from var_compressor.layers.linear import QuantizedLinear
 from var_compressor.layers.switches import RoundedInputLinear, Switches, switch_linears
 from var_compressor.models.sampling import Sampling
@@ -166,7 +170,7 @@ def test_numbers_are_those_of_the_images_on_disk(found, model_dir, kv_artifact_d
     assert one.ids == sorted(PROMPTS) and one.num_samples == 4 and not one.failed
     images = {}
     for side, folder in one.images.items():
-        loaded = [read_image(path) for path in Path(folder).glob("*.png")]
+        loaded = [(read_image(path), read_carried(path)) for path in Path(folder).glob("*.png")]
         images[side] = {carried["id"]: (image.double(), carried) for image, carried in loaded}
         assert images[side].keys() == PROMPTS.keys()
     for number, id in enumerate(one.ids):
@@ -256,6 +260,56 @@ def test_a_metric_without_weights_is_skipped_by_name(request_of, monkeypatch):
     one = run(request_of(metrics=("psnr", "lpips", "fid"))).results.benchmarks["words"]
     assert set(one.metrics) == {"psnr"} and one.skipped["lpips"] == "lpips lacks a file"
     assert "fid" in one.skipped
+
+
+def test_measuring_goes_on_where_it_was_cut_off(request_of, tmp_path, monkeypatch):
+    """Nothing is measured twice but what is of other images; bits without opening a model."""
+    measured = []
+    row, draw = Psnr.row, bit_rows.bitwise_rows
+
+    def counted(self, image_13YX, prompt, reference_13YX):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return row(self, image_13YX, prompt, reference_13YX)
+
+    request = request_of(metrics=("psnr", "bit_kl"), gen_root=tmp_path / "gen", out=tmp_path / "a")
+    wanted = run(request_of(metrics=("psnr", "bit_kl"), gen_root=tmp_path / "other"))
+    monkeypatch.setattr(Psnr, "row", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(request)
+    measured.clear()
+    with pytest.raises(KeyboardInterrupt):
+        # two more, and all are there; then the bits
+        monkeypatch.setattr(bit_rows, "bitwise_rows", lambda *_, **__: cut_off())
+        run(request)
+    assert len(measured) == 2
+    monkeypatch.setattr(bit_rows, "bitwise_rows", draw)
+    monkeypatch.setattr(Psnr, "row", lambda *_: pytest.fail("measured again"))
+    again = run(request)
+    assert values(again) == values(wanted)
+    opened = property(lambda self: pytest.fail("opened"))
+    monkeypatch.setattr(bit_rows._Compare, "pipelines", opened)
+    assert values(run(request)) == values(wanted)
+    # an image that is drawn again has other bytes, and is measured
+    folder = Path(again.results.benchmarks["words"].images["images"])
+    path = sorted(folder.glob("*.png"))[0]
+    with Image.open(path) as image:
+        carried = json.loads(image.info[SETTINGS_KEY])
+        black = Image.new("RGB", image.size)
+    write_png(black, path, {**carried, "seconds": 1.0})
+    monkeypatch.setattr(Psnr, "row", lambda *_: torch.tensor(-1.0, dtype=torch.float64))
+    changed = run(replace(request, metrics=("psnr",)))
+    rows_N = read_rows(changed.out)["words/psnr"]
+    assert int((rows_N == -1).sum()) == 1
+
+
+def cut_off():
+    raise KeyboardInterrupt
+
+
+def values(found: Evaluation) -> dict[str, float]:
+    return {name: one.value for name, one in found.results.benchmarks["words"].metrics.items()}
 
 
 def test_a_failed_prompt_is_left_out_on_both_sides_and_listed(request_of, monkeypatch, tmp_path):
@@ -354,9 +408,9 @@ def test_the_command_as_it_is_documented(monkeypatch, capsys, tmp_path, model_di
     assert found["benchmarks"]["b"]["notes"] == ["b has 1 prompts; all are taken"]
     assert "clip_score" in found["benchmarks"]["a"]["skipped"]
     assert "psnr" in err and "index.html" in err and "note: b has 1 prompts" in err
-    folder = next((tmp_path / "g").iterdir())
-    assert (folder / "results.json").is_file() and (folder / "index.html").is_file()
-    assert json.loads((folder / "identity.json").read_text())["sampling"]["cfg"] == 3.0
+    (results,) = (tmp_path / "g").glob("*/results.json")
+    assert results.with_name("index.html").is_file()
+    assert json.loads(results.with_name("identity.json").read_text())["sampling"]["cfg"] == 3.0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 
 from processes import Started, start
 from var_compressor.evaluation.benchmarks import Sample, image_seed
-from var_compressor.evaluation.gallery import Gallery, Writer, read_image
+from var_compressor.evaluation.gallery import Gallery, Writer, read_carried, read_image
 from var_compressor.evaluation.results import read_results, read_rows
 from var_compressor.evaluation.runner import Plan, PromptSet, draw_sets
 from var_compressor.evaluation.sharding import Crew
@@ -59,7 +59,7 @@ def draw(pipeline, one: Gallery, prompts: PromptSet, *, batch: int = 1, notes: l
 
 
 def pixels(one: Gallery, prompts: PromptSet) -> dict[str, torch.Tensor]:
-    return {s.id: read_image(one.path("words", s))[0] for s in prompts.samples}
+    return {s.id: read_image(one.path("words", s)) for s in prompts.samples}
 
 
 # ---- one process
@@ -69,7 +69,8 @@ def test_images_are_those_that_generate_draws_with_the_prompts_own_seed(pipeline
     prompts, one = samples(*WORDS[:3]), gallery(tmp_path)
     draw(pipeline, one, prompts)
     for sample in prompts.samples:
-        image_3YX, carried = read_image(one.path("words", sample))
+        path = one.path("words", sample)
+        image_3YX, carried = read_image(path), read_carried(path)
         seed = image_seed("words", sample.prompt, 3)
         wanted = pipeline.generate([sample.prompt], seed=seed, sampling=SAMPLING)
         assert torch.equal(image_3YX, wanted.uint8_BYX3[0].permute(2, 0, 1))
@@ -114,7 +115,8 @@ def test_other_settings_and_other_prompts_never_share_an_image(pipeline, tmp_pat
     draw(pipeline, one, samples("a cat"))
     changed = samples("a red cat")
     draw(pipeline, one, changed)
-    image_3YX, carried = read_image(one.path("words", changed.samples[0]))
+    path = one.path("words", changed.samples[0])
+    image_3YX, carried = read_image(path), read_carried(path)
     assert carried["prompt"] == "a red cat" and len(one.names("words")) == 2
     wanted = pipeline.generate(
         ["a red cat"], seed=image_seed("words", "a red cat", 3), sampling=SAMPLING
@@ -212,7 +214,8 @@ def test_a_writer_waits_for_its_images(tmp_path):
         for i in range(40):
             writer.put(image_3YX + i, tmp_path / f"{i}.png", {"i": i})
     for i in range(40):
-        found, carried = read_image(tmp_path / f"{i}.png")
+        path = tmp_path / f"{i}.png"
+        found, carried = read_image(path), read_carried(path)
         assert torch.equal(found, image_3YX + i) and carried["i"] == i
 
 
@@ -360,4 +363,4 @@ def test_processes_killed_at_random_and_started_again_find_what_one_does(
     check_equal(undisturbed, tmp_path)
     assert pngs(tmp_path) == pngs(undisturbed)
     for name in pngs(tmp_path):
-        assert torch.equal(read_image(tmp_path / name)[0], read_image(undisturbed / name)[0])
+        assert torch.equal(read_image(tmp_path / name), read_image(undisturbed / name))

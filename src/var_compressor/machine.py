@@ -32,6 +32,13 @@ def machine_of(device: torch.device) -> dict[str, Any]:
     }
 
 
+def device_kind(device: torch.device) -> str:
+    """The kind of device, which decides how sums are rounded: a bit may turn over by it."""
+    if device.type == "cpu":
+        return f"cpu, threads: {torch.get_num_threads()}"
+    return torch.cuda.get_device_name(device)
+
+
 def commit() -> str | None:
     """Of the checkout that this program runs from, "+" behind it when files differ; or None."""
     git = ("git", "-C", str(Path(__file__).parent))

@@ -23,10 +23,12 @@ import random
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,13 +45,16 @@ class BenchmarkError(ValueError):
 
 
 class Truth(Protocol):
-    """A real image that fits a prompt."""
+    """A real image that fits a prompt.
+
+    Raises: BenchmarkError naming the image when it is missing or not readable.
+    """
+
+    def content(self) -> bytes:
+        """What determines the image: its file, or what it is rendered from."""
 
     def load(self) -> Tensor:
-        """uint8 RGB ``[3, Y, X]``.
-
-        Raises: BenchmarkError naming the image when it is missing or not readable.
-        """
+        """uint8 RGB ``[3, Y, X]``."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,9 @@ def _prompt_file(path: Path) -> Benchmark:
 class _Scene:
     number: int
 
+    def content(self) -> bytes:
+        return f"test scene {self.number}".encode()
+
     def load(self) -> Tensor:
         from var_compressor.evaluation.rendering import render
         from var_compressor.evaluation.scenes import sample_scenes
@@ -201,8 +209,11 @@ class _Scene:
 class _File:
     path: Path
 
+    def content(self) -> bytes:
+        return _bytes(self.path)
+
     def load(self) -> Tensor:
-        return _rgb(self.path, str(self.path))
+        return _rgb(self.content(), str(self.path))
 
 
 class _Images:
@@ -214,17 +225,16 @@ class _Images:
         self.archive = archive
         self.zip: zipfile.ZipFile | None = None
 
-    def load(self, name: str) -> Tensor:
+    def read(self, name: str) -> bytes:
         for root in self.roots:
             if (root / name).is_file():
-                return _rgb(root / name, str(root / name))
+                return _bytes(root / name)
         path = _found(self.folder, self.archive)
         if path.suffix == ".zip":
             return self._from_zip(path, name)
-        root = _unpacked(path, self.folder / "images")
-        return _rgb(root / name, str(root / name))
+        return _bytes(_unpacked(path, self.folder / "images") / name)
 
-    def _from_zip(self, path: Path, name: str) -> Tensor:
+    def _from_zip(self, path: Path, name: str) -> bytes:
         if self.zip is None:
             try:
                 self.zip = zipfile.ZipFile(path)
@@ -233,8 +243,10 @@ class _Images:
         members = self.zip.NameToInfo
         for member in (name, f"{path.stem}/{name}"):
             if member in members:
-                with self.zip.open(member) as file:
-                    return _rgb(file, f"{path}: {member}")
+                try:
+                    return self.zip.read(member)
+                except (OSError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
+                    raise _unreadable(f"{path}: {member}", error) from None
         raise BenchmarkError(f"{path}: has no {name}; copy it again")
 
 
@@ -243,20 +255,36 @@ class _InSet:
     images: _Images
     name: str
 
+    def content(self) -> bytes:
+        return self.images.read(self.name)
+
     def load(self) -> Tensor:
-        return self.images.load(self.name)
+        return _rgb(self.content(), f"{self.images.folder}: {self.name}")
 
 
-def _rgb(file: Any, name: str) -> Tensor:
-    from PIL import Image
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise BenchmarkError(f"{path}: no such image; put it there") from None
+    except OSError as error:
+        raise _unreadable(str(path), error) from None
+
+
+def _rgb(content: bytes, name: str) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(file) as image:
+        with Image.open(BytesIO(content)) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except FileNotFoundError:
-        raise BenchmarkError(f"{name}: no such image; put it there") from None
-    except (OSError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError) as error:
-        raise BenchmarkError(f"{name}: not a readable image ({error}); copy it again") from None
+    except UnidentifiedImageError:
+        raise _unreadable(name, "of no known format") from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(name, error) from None
+
+
+def _unreadable(name: str, reason: object) -> BenchmarkError:
+    return BenchmarkError(f"{name}: not a readable image ({reason}); copy it again")
 
 
 def _found(folder: Path, name: str) -> Path:

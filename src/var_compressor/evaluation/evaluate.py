@@ -53,6 +53,8 @@ from var_compressor.recipe import Recipe
 
 # beside the results: where every image is
 INDEX_FILE = "images.json"
+# beside the images: what was measured of them
+ROWS_FOLDER = "rows"
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ class Request:
     """What to evaluate, on what, and where images go.
 
     ``recipe.collect`` says how images are drawn. ``seed`` is of the images, ``subset_seed`` of the
-    choice of ``num_samples`` prompts. The model's images go below ``gen_root``, full precision's
-    below ``ref_root``; results to ``out``, beside the images for None. ``ref_seed`` is of full
-    precision's images where they are to differ from the model's by chance, too.
+    choice of ``num_samples`` prompts. The model's images go below ``gen_root``, and what was
+    measured of any; full precision's below ``ref_root``; results to ``out``, beside the images for
+    None. ``ref_seed`` is of full precision's images where they are to differ from the model's by
+    chance, too.
     """
 
     recipe: Recipe
@@ -154,6 +157,7 @@ class _Run:
         request.sampling.temperatures(self.schedule)
         request.sampling.guidance(self.schedule, depth=1)
         self.sets = self._sets()
+        self.rows_root = request.gen_root / ROWS_FOLDER
         self.missing = check_metrics(
             request.metrics,
             weights_dir=request.metric_weights,
@@ -293,6 +297,7 @@ class _Run:
                     name,
                     measurable,
                     weights_dir=self.request.metric_weights,
+                    rows_root=self.rows_root,
                     crew=self.crew,
                     on_progress=self.on_progress,
                 )
@@ -308,6 +313,7 @@ class _Run:
             drawn,
             self.schedule,
             self.request.sampling,
+            rows_root=self.rows_root,
             crew=self.crew,
             on_progress=self.on_progress,
         )

@@ -14,8 +14,9 @@ import json
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -128,15 +129,37 @@ class Gallery:
         return path
 
 
-def read_image(path: Path) -> tuple[Tensor, Mapping[str, Any]]:
-    """uint8 RGB ``[3, Y, X]``, and what the image carries with it.
+def read_image(path: Path) -> Tensor:
+    """uint8 RGB ``[3, Y, X]``.
 
     Raises: ValueError naming a file that was damaged since it was checked.
     """
+    with _opened(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def read_carried(path: Path) -> Mapping[str, Any]:
+    """What an image carries with it; its pixels are not decoded. Raises: as `read_image`."""
+    with _opened(path) as image:
+        return json.loads(image.info[SETTINGS_KEY])
+
+
+def read_content(path: Path) -> bytes:
+    """The bytes of an image. Raises: as `read_image`."""
+    with _readable(path):
+        return path.read_bytes()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    with _readable(path), Image.open(path, formats=["PNG"]) as image:
+        yield image
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            carried = json.loads(image.info[SETTINGS_KEY])
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1), carried
+        yield
     except (OSError, SyntaxError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path}: not readable ({error}); start the same command again to draw it again"

@@ -5,7 +5,7 @@ Shapes: N images, F numbers of a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from var_compressor.artifact import write_atomically
 from var_compressor.evaluation.benchmarks import Sample
-from var_compressor.evaluation.gallery import Gallery, read_image
+from var_compressor.evaluation.gallery import Gallery, read_carried, read_content, read_image
+from var_compressor.evaluation.kept_rows import KeptRows, Row, row_key
 from var_compressor.evaluation.metrics import (
     BIT_METRICS,
     METRICS,
@@ -23,6 +24,7 @@ from var_compressor.evaluation.metrics import (
     MetricSpec,
     MetricUnavailable,
     open_metric,
+    weights_sha256,
 )
 from var_compressor.evaluation.metrics.scenes import scene_of
 from var_compressor.evaluation.results import REFERENCE, TRUTH, Change, MetricResult
@@ -114,21 +116,27 @@ def measure_rows(
     drawn: Sequence[Drawn],
     *,
     weights_dir: Path | None,
+    rows_root: Path,
     crew: Crew,
     on_progress: Progress,
 ) -> list[Sides]:
-    """Rows of one metric for several benchmarks, in the order of their samples; all get them."""
+    """Rows of one metric for several benchmarks, in the order of their samples; all get them.
+
+    They are kept below ``rows_root``, and what is there is not measured again.
+    """
     metric = open_metric(name, weights_dir=weights_dir, device=crew.device)
+    judge = {"metric": name, "weights": weights_sha256(name, weights_dir=weights_dir)}
     found = []
-    for one in drawn:
-        owners = owners_of(one, crew)
-        stage = f"{name}, {one.prompts.name}"
-        sides = {"": _rows(metric, one, "", owners, crew, on_progress, stage)}
-        if one.reference is not None and metric.spec.compares != "reference":
-            sides[REFERENCE] = _rows(metric, one, REFERENCE, owners, crew, on_progress, stage)
-        if metric.spec.compares == "truth":
-            sides[TRUTH] = _truth_rows(metric, one.prompts.samples, crew, on_progress, stage)
-        found.append(sides)
+    with KeptRows(rows_root, judge, crew.device) as kept:
+        measure = _Measure(metric, kept, crew, on_progress)
+        for one in drawn:
+            owners = owners_of(one, crew)
+            sides = {"": measure.drawn(one, one.gallery, owners)}
+            if one.reference is not None and metric.spec.compares != "reference":
+                sides[REFERENCE] = measure.drawn(one, one.reference, owners)
+            if metric.spec.compares == "truth":
+                sides[TRUTH] = measure.truths(one.prompts)
+            found.append(sides)
     return found
 
 
@@ -168,47 +176,74 @@ def _send(moves: Sequence[tuple[Sample, int, int]], drawn: Drawn, crew: Crew) ->
             write_atomically(paths[sample.id], sent[sample.id])
 
 
-def _rows(
-    metric: Metric,
-    drawn: Drawn,
-    side: str,
-    owners: Sequence[int],
-    crew: Crew,
-    on_progress: Progress,
-    stage: str,
-) -> Tensor:
-    gallery = drawn.gallery if side == "" else drawn.reference
-    assert gallery is not None
-    with_reference = metric.spec.compares == "reference" and drawn.reference is not None
-    mine = [number for number, owner in enumerate(owners) if owner == crew.rank]
-    rows = {}
-    for done, number in enumerate(mine):
-        sample = drawn.prompts.samples[number]
-        image_3YX, _ = read_image(gallery.path(drawn.prompts.name, sample))
-        reference_B3YX = None
-        if with_reference and drawn.reference is not None:
-            path = drawn.reference.path(drawn.prompts.name, sample)
-            reference_B3YX = read_image(path)[0][None]
-        rows[number] = metric.rows(
-            image_3YX[None], prompts=[sample.prompt], reference_B3YX=reference_B3YX
-        )[0]
-        on_progress(f"{stage}{' of full precision' if side else ''}", done + 1, len(mine))
-    whole = crew.whole(rows, len(owners))
-    assert whole is not None
-    return whole
+@dataclass(frozen=True)
+class _Measure:
+    """One metric, by one of the processes that all do the same."""
 
+    metric: Metric
+    kept: KeptRows
+    crew: Crew
+    on_progress: Progress
 
-def _truth_rows(
-    metric: Metric, samples: Sequence[Sample], crew: Crew, on_progress: Progress, stage: str
-) -> Tensor:
-    truths = [one.truth for one in samples if one.truth is not None]
-    rows = {}
-    for number in crew.team.mine(len(truths)):
-        rows[number] = metric.rows(truths[number].load()[None], prompts=[])[0]
-        on_progress(f"{stage} of real images", number + 1, len(truths))
-    whole = crew.whole(rows, len(truths))
-    assert whole is not None
-    return whole
+    def drawn(self, drawn: Drawn, gallery: Gallery, owners: Sequence[int]) -> Tensor:
+        """Of the images in one of a benchmark's galleries."""
+        name = drawn.prompts.name
+        stage = f"{self.metric.spec.name}, {name}"
+        if gallery is drawn.reference:
+            stage += " of full precision"
+        reference = drawn.reference if self.metric.spec.compares == "reference" else None
+
+        def row(number: int) -> Tensor:
+            sample = drawn.prompts.samples[number]
+            path = gallery.path(name, sample)
+            other = None if reference is None else reference.path(name, sample)
+            prompt = sample.prompt if self.metric.spec.reads_prompts else ""
+            compared = b"" if other is None else read_content(other)
+            return self._row(
+                row_key(read_content(path), prompt.encode(), compared),
+                lambda: read_image(path),
+                [sample.prompt],
+                None if other is None else lambda: read_image(other),
+            )
+
+        mine = [number for number, owner in enumerate(owners) if owner == self.crew.rank]
+        return self._whole(mine, row, len(owners), stage)
+
+    def truths(self, prompts: PromptSet) -> Tensor:
+        """Of the real images of a benchmark."""
+        truths = [one.truth for one in prompts.samples if one.truth is not None]
+
+        def row(number: int) -> Tensor:
+            truth = truths[number]
+            return self._row(row_key(truth.content()), truth.load, [], None)
+
+        stage = f"{self.metric.spec.name}, {prompts.name} of real images"
+        return self._whole(self.crew.team.mine(len(truths)), row, len(truths), stage)
+
+    def _row(
+        self,
+        key: str,
+        load: Callable[[], Tensor],
+        prompts: list[str],
+        load_reference: Callable[[], Tensor] | None,
+    ) -> Tensor:
+        def measured() -> Row:
+            reference_B3YX = None if load_reference is None else load_reference()[None]
+            rows = self.metric.rows(load()[None], prompts=prompts, reference_B3YX=reference_B3YX)
+            return {"row": rows[0]}
+
+        return self.kept.get(key, measured)["row"]
+
+    def _whole(
+        self, mine: Sequence[int], row: Callable[[int], Tensor], num_rows: int, stage: str
+    ) -> Tensor:
+        rows = {}
+        for done, number in enumerate(mine):
+            rows[number] = row(number)
+            self.on_progress(stage, done + 1, len(mine))
+        whole = self.crew.whole(rows, num_rows)
+        assert whole is not None
+        return whole
 
 
 def median_seconds(drawn: Drawn, crew: Crew) -> float:
@@ -216,7 +251,7 @@ def median_seconds(drawn: Drawn, crew: Crew) -> float:
     seconds = {}
     for sample, owner in zip(drawn.prompts.samples, owners_of(drawn, crew), strict=True):
         if owner == crew.rank:
-            _, carried = read_image(drawn.gallery.path(drawn.prompts.name, sample))
+            carried = read_carried(drawn.gallery.path(drawn.prompts.name, sample))
             seconds[sample.id] = float(carried["seconds"])
     return median(crew.merged(seconds).values())
 

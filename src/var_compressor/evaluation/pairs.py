@@ -91,7 +91,7 @@ def _pngs(drawn: Drawn, numbers: list[int], crew: Crew) -> dict[tuple[int, int],
 
 
 def _thumbnail(path: Path) -> bytes:
-    image_3YX, _ = read_image(path)
+    image_3YX = read_image(path)
     image = Image.fromarray(image_3YX.permute(1, 2, 0).numpy())
     image.thumbnail((_SIDE, _SIDE))
     buffer = BytesIO()

@@ -19,6 +19,7 @@ from var_compressor.evaluation.demo import transformer_bytes
 from var_compressor.evaluation.results import Drawing, Subject
 from var_compressor.layers.kv_params import CacheFormat
 from var_compressor.layers.switches import Switches, switch_linears
+from var_compressor.machine import device_kind
 from var_compressor.models import directory
 from var_compressor.models.inspection import sha256_of, weight_hashes
 from var_compressor.models.sampling import Sampling
@@ -69,10 +70,7 @@ class Model:
 
     @property
     def runs_on(self) -> str:
-        """The kind of device, which decides how sums are rounded: a bit may turn over by it."""
-        if self.device.type == "cpu":
-            return f"cpu, threads: {torch.get_num_threads()}"
-        return torch.cuda.get_device_name(self.device)
+        return device_kind(self.device)
 
     @property
     def full_precision(self) -> Model:

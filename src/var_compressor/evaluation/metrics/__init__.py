@@ -31,7 +31,7 @@ from var_compressor.evaluation.metrics.scenes import (
     CaptionAccuracy,
     ReaderDistance,
 )
-from var_compressor.evaluation.metrics.weights import MetricUnavailable, find_files
+from var_compressor.evaluation.metrics.weights import MetricUnavailable, file_hashes, find_files
 
 __all__ = [
     "BIT_METRICS",
@@ -41,6 +41,7 @@ __all__ = [
     "MetricUnavailable",
     "find_weights",
     "open_metric",
+    "weights_sha256",
 ]
 
 Opener = Callable[[MetricSpec, Mapping[str, Path], torch.device], Metric]
@@ -79,6 +80,12 @@ def open_metric(name: str, *, weights_dir: Path | None, device: torch.device | s
     files = find_weights(name, weights_dir=weights_dir)
     spec, opened = _OPENERS[name]
     return opened(spec, files, torch.device(device))
+
+
+def weights_sha256(name: str, *, weights_dir: Path | None) -> dict[str, str]:
+    """Of all files that `open_metric` reads, by name. Raises: as `find_weights`."""
+    spec, _ = _OPENERS[name]
+    return file_hashes(spec.files, find_weights(name, weights_dir=weights_dir))
 
 
 def find_weights(name: str, *, weights_dir: Path | None) -> dict[str, Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -126,10 +126,26 @@ def _sha256(path: Path, _num_bytes: int, _mtime_ns: int) -> str:
     return sha256_of(path)
 
 
+def _digest(path: Path) -> str:
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+def file_hashes(files: tuple[WeightFile, ...], paths: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of each file, those of folders included, by name; ``paths`` as `find_files`."""
+    found = {}
+    for file in files:
+        path = paths[file.name]
+        if not file.parts:
+            found[file.name] = _digest(path)
+        for part in sorted(one for pattern in file.parts for one in path.glob(pattern)):
+            found[f"{file.name}/{part.relative_to(path)}"] = _digest(part)
+    return found
+
+
 def _checked(path: Path, file: WeightFile) -> Path:
     if file.sha256_prefix:
-        stat = path.stat()
-        digest = _sha256(path, stat.st_size, stat.st_mtime_ns)
+        digest = _digest(path)
         if not digest.startswith(file.sha256_prefix):
             raise MetricUnavailable(
                 f"{path}: its SHA-256 begins with {digest[:8]}, the published file's with "
