@@ -6,8 +6,9 @@
 Processes take one GPU each, or share the CPU with one thread each. "scaling" draws the same images
 with every number of processes and has the reader judge them; its rows are added up over NCCL
 (gloo on a CPU); models are loaded and warmed up before the clock starts. "kills" evaluates once
-undisturbed, and once more while processes are killed with SIGKILL at random moments and the same
-command is started again; rows and values must be equal to the bit. Last line: JSON.
+undisturbed, and once more while processes are killed with SIGKILL at random moments, the last time
+while images are measured, and the same command is started again; rows and values must be equal to
+the bit. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[2])
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--kills", type=int, default=4)
+    parser.add_argument("--kills", type=int, default=4, help="while images are drawn")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of kills")
     parser.add_argument("--artifact", type=Path, help="of Infinity-Tiny; default: full precision")
     parser.add_argument("--minutes", type=float, default=3, help="give up after so many")
@@ -212,9 +213,12 @@ def kills(args: argparse.Namespace, deadline: float) -> dict:
         quiet_s = time.monotonic() - began
         total, killed_at = num_images(quiet), []
         moments = sorted(dice.randrange(total // 20, total * 19 // 20) for _ in range(args.kills))
-        for moment in moments:
+        for moment in [*moments, total]:
             processes = started(command, size, rough)
-            while num_images(rough) < moment and time.monotonic() < deadline:
+            # the last one dies while images are measured
+            while time.monotonic() < deadline and not (
+                num_images(rough) >= moment and (moment < total or num_row_files(rough))
+            ):
                 time.sleep(0.2)
             # one at random; the launcher takes the others down a moment later
             dice.shuffle(processes)
@@ -225,6 +229,7 @@ def kills(args: argparse.Namespace, deadline: float) -> dict:
                 process.wait()
             killed_at.append(num_images(rough))
             print(f"killed at {killed_at[-1]} of {total} images")
+        before_end = not (rough / "results").exists()
         written = stamps(rough)
         finish(started(command, size, rough), rough, deadline)
         finished = stamps(rough)
@@ -234,11 +239,13 @@ def kills(args: argparse.Namespace, deadline: float) -> dict:
     for name, found in values.items():
         print(f"{name:<18}{found.value:>10.4f}  [{found.low:.4f}, {found.high:.4f}]")
     print(f"{kept} of {len(written)} images kept; numbers {'equal' if equal else 'DIFFER'}")
+    print(f"the last kill was {'before' if before_end else 'AFTER'} the end of measuring")
     return {
         "processes": size,
         "undisturbed_s": quiet_s,
         "images_drawn": total,
         "killed_at": killed_at,
+        "last_kill_while_measuring": before_end,
         "kept": kept,
         "equal": equal,
         "values": {name: found.value for name, found in values.items()},
@@ -247,6 +254,10 @@ def kills(args: argparse.Namespace, deadline: float) -> dict:
 
 def num_images(folder: Path) -> int:
     return sum(1 for _ in (folder / "images").rglob("test-*.png"))
+
+
+def num_row_files(folder: Path) -> int:
+    return sum(1 for _ in (folder / "images" / "rows").rglob("*.safetensors"))
 
 
 def stamps(folder: Path) -> dict[Path, int]:
