@@ -15,10 +15,12 @@ import torch
 
 from tiny import QUICK_SPEC
 from var_compressor.artifact import (
+    _DIGEST,
     FORMAT,
     KV_FILE,
     MANIFEST,
     ArtifactError,
+    _digest_of,
     artifact_writer,
     is_artifact,
     put_kv,
@@ -308,6 +310,9 @@ def test_inspect_tells_base_formats_sizes_and_origin(folder, model_dir, artifact
     packed = sum(t.nbytes for name, t in tensors.items() if name.endswith(".qweight"))
     branches = sum(t.nbytes for name, t in tensors.items() if ".proj_" in name)
     assert sizes["packed weights"] == packed
+    # two 4-bit weights a byte
+    counts = {part.name: part.num_parameters for part in found.parts}
+    assert counts["packed weights"] == 2 * packed
     assert sizes["low-rank branches"] == branches
     assert sizes["KV cache parameters"] == sum(
         t.nbytes for name, t in tensors.items() if name.startswith(KV_FILE)
@@ -318,6 +323,18 @@ def test_inspect_tells_base_formats_sizes_and_origin(folder, model_dir, artifact
     assert found.provenance["calibration"]["num_prompts"] == 2
     json.dumps(found.to_dict())
     assert "created by: var-compressor" in to_text(found)
+
+
+def test_inspect_refuses_packed_weights_that_no_rule_asks_for(folder):
+    def leave_alone(content):
+        for rule in content["spec"]["modules"]:
+            rule["weight"] = None
+        del content[_DIGEST]
+        content[_DIGEST] = _digest_of(content)
+
+    rewrite(folder, leave_alone)
+    with pytest.raises(ArtifactError, match="is packed, which no rule asks for"):
+        inspect_artifact(folder, with_hashes=False)
 
 
 def test_the_summary_of_a_spec():

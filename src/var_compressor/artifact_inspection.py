@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from var_compressor.artifact import (
     FORMAT,
     KV_FILE,
     TRANSFORMER_FILE,
+    ArtifactError,
     Manifest,
     artifact_folder,
     enclosing_model,
@@ -22,8 +24,10 @@ from var_compressor.models.inspection import (
     parts_of,
 )
 from var_compressor.models.tensor_files import open_tensors
+from var_compressor.ops.primitives import FORMATS
 from var_compressor.spec import QuantSpec
 
+_PACKED = "packed weights"
 _PARTS = {
     "smooth_factor": "smoothing factors",
     "wscales": "weight scales",
@@ -34,7 +38,8 @@ _PARTS = {
 
 
 def artifact_parts(folder: str | Path, manifest: Manifest) -> tuple[Part, ...]:
-    """Sizes of an artifact's tensors by part."""
+    """Sizes of an artifact's tensors by part; a byte of packed weights counts as many weights."""
+    spec, num_packed = QuantSpec.from_dict(manifest.spec), 0
     labels, infos = {}, {}
     for file in manifest.files:
         if not file.endswith(".safetensors"):
@@ -44,7 +49,16 @@ def artifact_parts(folder: str | Path, manifest: Manifest) -> tuple[Part, ...]:
             label = f"{file}:{name}"
             infos[label] = source.info(name)
             labels[label] = _part_name(file, name, infos[label].dtype)
-    return parts_of(infos, labels.__getitem__)
+            if labels[label] == _PACKED:
+                linear = spec.for_module(f"blocks.{int(Path(file).stem)}.{name.rpartition('.')[0]}")
+                if linear is None:
+                    raise ArtifactError(f"{folder}: {label} is packed, which no rule asks for")
+                nbits = FORMATS[linear.weight.format].nbits
+                num_packed += math.prod(infos[label].shape) * 8 // nbits
+    return tuple(
+        replace(part, num_parameters=num_packed) if part.name == _PACKED else part
+        for part in parts_of(infos, labels.__getitem__)
+    )
 
 
 def inspect_artifact(folder: str | Path, *, with_hashes: bool) -> Inspection:
@@ -85,5 +99,5 @@ def _part_name(file: str, name: str, dtype: str) -> str:
         return "KV cache parameters"
     last = name.rsplit(".", 1)[-1]
     if last == "qweight":
-        return "packed weights" if dtype == "uint8" else "8-bit weights"
+        return _PACKED if dtype == "uint8" else "8-bit weights"
     return _PARTS.get(last, "biases, norms and unquantized weights")
