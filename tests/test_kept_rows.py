@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,24 @@ def test_rows_are_the_same_to_the_bit_and_measured_once(tmp_path):
     assert json.loads(judge.read_text())["metric"] == "psnr"
 
 
+def test_memory_holds_what_waits_to_be_written_only(tmp_path):
+    fill(tmp_path, range(4))
+    with KeptRows(tmp_path, JUDGE, CPU) as kept:
+        for number in range(6):
+            kept.get(row_key(b"%d" % number), lambda number=number: row(number))
+        assert set(kept.unsaved) == {row_key(b"4"), row_key(b"5")}
+
+
+def test_a_folder_that_is_deleted_while_it_is_used_costs_time_only(tmp_path):
+    fill(tmp_path, range(3))
+    with KeptRows(tmp_path, JUDGE, CPU) as kept:
+        shutil.rmtree(tmp_path)
+        for number in range(3):
+            found = kept.get(row_key(b"%d" % number), lambda number=number: row(number))
+            assert torch.equal(found["many"], row(number)["many"])
+    assert measured_of(tmp_path, range(3)) == []
+
+
 def test_what_was_measured_before_an_error_is_kept(tmp_path):
     with pytest.raises(KeyboardInterrupt), KeptRows(tmp_path, JUDGE, CPU) as kept:
         kept.get(row_key(b"0"), lambda: row(0))
@@ -80,6 +99,14 @@ def test_rows_are_saved_while_others_are_measured(tmp_path, monkeypatch):
             kept.get(row_key(b"%d" % number), lambda number=number: row(number))
         assert len(files(tmp_path)) == 1
         assert measured_of(tmp_path, range(5)) == [3, 4]
+        # the rest of a day: what a kill costs grows with what it took, and files do not with it
+        now[0] += 86_400
+        kept.get(row_key(b"5"), lambda: row(5))
+        num_files = len(files(tmp_path))
+        for number in range(6, 36):
+            now[0] += 100
+            kept.get(row_key(b"%d" % number), lambda number=number: row(number))
+        assert len(files(tmp_path)) == num_files
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
@@ -106,6 +133,8 @@ def test_a_file_that_names_itself_rightly_and_is_nothing_of_ours_is_removed(tmp_
         b"",
         save({"keys": torch.zeros(2, 32).byte(), "one": torch.zeros(3)}),
         save({"one": torch.zeros(3)}),
+        save({"keys": torch.zeros(2, 32).byte(), "one": torch.tensor(1.0)}),
+        save({"keys": torch.zeros(2).byte(), "one": torch.zeros(2)}),
         save({"keys": torch.zeros(3, 32, dtype=torch.int64) - 1, "one": torch.zeros(3)}),
     ]
     for content in foreign:
